@@ -1,0 +1,300 @@
+"""Pure tensor functions: what the layers compute."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lengths import Exponential, Lengths, draw
+
+
+def tail_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    batch_dim: int | Sequence[int] = 0,
+    dropout_dim: int = -1,
+    *,
+    lengths: Lengths | None = None,
+    stratified: bool = True,
+    inplace: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """In training, keep a random number k of the first features of each sample, zero the rest.
+
+    In training a fresh k is drawn for each index of `batch_dim` and shared along every other
+    dim: the first k of the n features along `dropout_dim` are kept bit for bit and the others,
+    the tail, are zero, even where the input is NaN or Inf; so is their gradient. With
+    `training=False` the input itself is returned. Neither mode rescales.
+
+    The backward pass needs k only: one integer per sample is saved, not a mask.
+
+    Args:
+        input: any shape; floating-point or complex.
+        p: expected fraction of features dropped, E[1 - k/n], in [0, 1]; not used if `lengths` is
+            given. Inside `torch.compile` a 0-dim float64 tensor does the same, and a change of
+            its value does not recompile.
+        training: whether to drop.
+        batch_dim: the dim, or dims, whose every index is a sample with its own k. `()`: one k
+            for the whole call.
+        dropout_dim: the dim along which the features lie.
+        lengths: distribution of k. None: `Exponential(p)`.
+        stratified: spread the ks of one call evenly over their distribution. Each k keeps its
+            exact probability; a loss averaged over the batch varies less.
+        inplace: write the result into `input`.
+        generator: source of randomness, torch's global one by default.
+
+    Returns:
+        Shape, dtype, device and memory format of `input`.
+
+    Raises:
+        ValueError: p outside [0, 1] or NaN, `dropout_dim` among the batch dims.
+        IndexError: a dim that the input does not have.
+        TypeError: an integer or boolean input in training.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> tail_dropout(torch.ones(4, 6))
+        tensor([[0., 0., 0., 0., 0., 0.],
+                [1., 1., 1., 1., 1., 1.],
+                [1., 0., 0., 0., 0., 0.],
+                [1., 1., 1., 1., 1., 0.]])
+
+    Source: nested dropout, Rippel, Gelbart and Adams (2014), arXiv 1402.0915, with the censored
+    exponential lengths of TailDropout, Egil Martinsson (2018).
+    """
+    if isinstance(p, Tensor) and not torch.compiler.is_compiling():
+        p = p.item()
+    if lengths is None:
+        lengths = Exponential(p)  # type: ignore[arg-type]  # a tensor while compiling
+    if not training:
+        return input
+    if not (input.is_floating_point() or input.is_complex()):
+        raise TypeError(
+            "tail dropout in training needs a floating-point or complex input, got "
+            f"{input.dtype}: convert it, call eval(), or fix k with set_k(k)"
+        )
+    batch_dims, dim = resolve_dims(input, batch_dim, dropout_dim)
+    k = draw(
+        lengths,
+        input.shape[dim],
+        math.prod([input.shape[d] for d in batch_dims]),
+        stratified=stratified,
+        device=input.device,
+        generator=generator,
+    )
+    return _keep_prefix(input, _spread(k, input, batch_dims), dim, inplace)
+
+
+def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool = False) -> Tensor:
+    """Keep the first k features along `dim` and zero the rest, in training and in eval alike.
+
+    The kept features are bit for bit the input's. The others are zero, even where the input is
+    NaN or Inf, and so is their gradient. Only k is saved for the backward pass.
+
+    Args:
+        input: any shape and dtype.
+        k: how many features to keep: an int in 0, ..., n, or an integer tensor. A tensor with as
+            many dims as the input has size 1 along `dim` and broadcasts along the others; one
+            with fewer dims is aligned from the left with the input's dims other than `dim`:
+            shape `(batch,)` is one k per sample, whatever the number of dims behind.
+        dim: the dim along which the features lie.
+        inplace: write the result into `input`.
+
+    Returns:
+        Shape, dtype, device and memory format of `input`.
+
+    Raises:
+        ValueError: k is negative or above n, or its shape does not fit. (The values are not
+            looked at in a compiled call, nor under vmap: there a k above n keeps everything.)
+        TypeError: k is not an integer.
+        IndexError: a dim that the input does not have.
+
+    Example:
+        >>> keep_prefix(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([1, 2]))
+        tensor([[1., 0., 0.],
+                [4., 5., 0.]])
+    """
+    dim = _resolve_dim(input, dim, "dim")
+    k = check_k(k)
+    if not torch.compiler.is_compiling():
+        check_k_at_most(largest_k(k), input.shape[dim])
+    if isinstance(k, Tensor):
+        k = _align_k(k, input, dim)
+    return _keep_prefix(input, k, dim, inplace)
+
+
+def keep_prefix_of_samples(
+    input: Tensor,
+    k: int | Tensor,
+    batch_dim: int | Sequence[int],
+    dropout_dim: int,
+    *,
+    largest_k: int,
+    inplace: bool,
+) -> Tensor:
+    """`keep_prefix` with k indexed by the batch dims, in their order, and its maximum known."""
+    if isinstance(k, int) or k.ndim == 0:
+        dim = _resolve_dim(input, dropout_dim, "dropout_dim")
+    else:
+        batch_dims, dim = resolve_dims(input, batch_dim, dropout_dim)
+        samples = tuple(input.shape[d] for d in batch_dims)
+        if k.shape != samples:
+            raise ValueError(
+                f"k must have one entry for each index of batch_dim={batch_dim}, shape {samples}, "
+                f"got shape {tuple(k.shape)} for an input of shape {tuple(input.shape)}"
+            )
+        k = k.permute(sorted(range(k.ndim), key=lambda i: batch_dims[i]))
+        k = _spread(k, input, batch_dims)
+    if not torch.compiler.is_compiling():
+        check_k_at_most(largest_k, input.shape[dim])
+    return _keep_prefix(input, k, dim, inplace)
+
+
+def _spread(k: Tensor, input: Tensor, batch_dims: tuple[int, ...]) -> Tensor:
+    """k with the input's number of dims: its size along the batch dims, 1 along the others."""
+    shape = [1] * input.ndim
+    for d in batch_dims:
+        shape[d] = input.shape[d]
+    return k.reshape(shape)
+
+
+def _keep_prefix(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Tensor:
+    """`keep_prefix` for a checked k: an int, or a tensor that broadcasts against the input."""
+    k = k.to(input.device) if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
+    if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
+        output = torch.where(_is_kept(input, k, dim), input, input.new_zeros(()))
+    else:
+        output = _KeepPrefix.apply(input, k, dim)
+    return input.copy_(output) if inplace else output
+
+
+def _is_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
+    n = input.shape[dim]
+    position = torch.arange(n, device=input.device)
+    return position.view([n if d == dim else 1 for d in range(input.ndim)]) < k
+
+
+class _KeepPrefix(torch.autograd.Function):
+    """Zeroes the tail and saves k, where autograd would save a mask of the input's size."""
+
+    @staticmethod
+    def forward(input: Tensor, k: Tensor, dim: int) -> Tensor:
+        output = torch.where(_is_kept(input, k, dim), input, input.new_zeros(()))
+        like_input = torch.empty_like(input)
+        if output.stride() != like_input.stride():  # where may follow the strides of the mask
+            output = like_input.copy_(output)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        _, k, ctx.dim = inputs
+        ctx.save_for_backward(k)
+        ctx.save_for_forward(k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (k,) = ctx.saved_tensors
+        return _KeepPrefix.apply(grad, k, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (k,) = ctx.saved_tensors
+        return _KeepPrefix.apply(tangent, k, ctx.dim)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None, None], input: Tensor, k: Tensor, dim: int
+    ) -> tuple[Tensor, int]:
+        input_dim, k_dim, _ = in_dims
+        if input_dim is None:
+            input = input.expand(info.batch_size, *input.shape)
+        else:
+            input = input.movedim(input_dim, 0)
+        if k_dim is not None:
+            k = k.movedim(k_dim, 0)
+            k = k.reshape(len(k), *(k.shape[1:] or [1] * (input.ndim - 1)))
+        return _KeepPrefix.apply(input, k, dim + 1), 0
+
+
+def resolve_dims(
+    input: Tensor, batch_dim: int | Sequence[int], dropout_dim: int
+) -> tuple[tuple[int, ...], int]:
+    """Both as non-negative dims of `input`, checked to be different ones."""
+    given = (batch_dim,) if isinstance(batch_dim, int) else batch_dim
+    dims = tuple(_resolve_dim(input, d, "batch_dim") for d in given)
+    dim = _resolve_dim(input, dropout_dim, "dropout_dim")
+    if dim in dims or len(set(dims)) < len(dims):
+        raise ValueError(
+            "batch_dim and dropout_dim must be different dims, got "
+            f"batch_dim={batch_dim} and dropout_dim={dropout_dim} for an input of shape "
+            f"{tuple(input.shape)}"
+        )
+    return dims, dim
+
+
+def _resolve_dim(input: Tensor, dim: int, name: str) -> int:
+    if not -input.ndim <= dim < input.ndim:
+        raise IndexError(
+            f"{name} must be a dim of the input, got {name}={dim} for an input of shape "
+            f"{tuple(input.shape)}"
+        )
+    return range(input.ndim)[dim]
+
+
+def check_k(k: int | Tensor) -> int | Tensor:
+    """k itself, as an int or an integer tensor."""
+    if isinstance(k, Tensor):
+        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
+            raise TypeError(f"k must be an integer tensor, got dtype {k.dtype}")
+        return k
+    try:
+        if isinstance(k, bool):
+            raise TypeError
+        return operator.index(k)
+    except TypeError:
+        raise TypeError(f"k must be an integer or an integer tensor, got {k!r}") from None
+
+
+def largest_k(k: int | Tensor) -> int:
+    """The largest of the ks; raises if the smallest is negative.
+
+    0 for a tensor without values to look at: empty, meta, fake, or inside vmap.
+    """
+    smallest = largest = k
+    if isinstance(k, Tensor):
+        if k.numel() == 0 or k.is_meta:
+            return 0
+        try:
+            smallest, largest = int(k.min()), int(k.max())
+        except RuntimeError:  # fake, or inside vmap
+            return 0
+    if smallest < 0:
+        raise ValueError(f"k must be at least 0, got k={smallest}")
+    return int(largest)
+
+
+def check_k_at_most(k: int, n: int) -> None:
+    if k > n:
+        raise ValueError(f"k must be at most the number of features n={n}, got k={k}")
+
+
+def _align_k(k: Tensor, input: Tensor, dim: int) -> Tensor:
+    """k with the input's number of dims, such that it broadcasts against it."""
+    shape = list(k.shape)
+    if k.ndim < input.ndim:
+        others = [d for d in range(input.ndim) if d != dim]
+        shape = [1] * input.ndim
+        for d, size in zip(others, k.shape, strict=False):
+            shape[d] = size
+    fits = len(shape) == input.ndim and shape[dim] == 1
+    if not fits or any(s not in (1, size) for s, size in zip(shape, input.shape, strict=True)):
+        raise ValueError(
+            "k must have one entry per sample (shape (batch,)) or broadcast against the input "
+            f"with size 1 along dim {dim}, got shape {tuple(k.shape)} for an input of shape "
+            f"{tuple(input.shape)}"
+        )
+    return k.reshape(shape)
