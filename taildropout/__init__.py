@@ -1,7 +1,23 @@
 """Train once, choose the width later."""
 
 from . import functional, lengths
+from .insert import tail_dropouts
 from .layers import TailDropout
+from .pruning import PrunePlan, PruningError, load_pruned, plan_pruning, prune, save_pruned
+from .scree import Scree, scree
 
 __version__ = "0.1.0"
-__all__ = ["TailDropout", "functional", "lengths"]
+__all__ = [
+    "PrunePlan",
+    "PruningError",
+    "Scree",
+    "TailDropout",
+    "functional",
+    "lengths",
+    "load_pruned",
+    "plan_pruning",
+    "prune",
+    "save_pruned",
+    "scree",
+    "tail_dropouts",
+]

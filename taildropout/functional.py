@@ -58,10 +58,10 @@ def tail_dropout(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> tail_dropout(torch.ones(4, 6))
-        tensor([[0., 0., 0., 0., 0., 0.],
+        tensor([[1., 1., 1., 0., 0., 0.],
+                [0., 0., 0., 0., 0., 0.],
                 [1., 1., 1., 1., 1., 1.],
-                [1., 0., 0., 0., 0., 0.],
-                [1., 1., 1., 1., 1., 0.]])
+                [1., 1., 1., 1., 1., 1.]])
 
     Source: nested dropout, Rippel, Gelbart and Adams (2014), arXiv 1402.0915, with the censored
     exponential lengths of TailDropout, Egil Martinsson (2018).
@@ -168,7 +168,7 @@ def _keep_prefix(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Ten
     if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
         output = torch.where(_is_kept(input, k, dim), input, input.new_zeros(()))
     else:
-        output = _KeepPrefix.apply(input, k, dim)
+        output = _zero_tail(input, k, dim)
     return input.copy_(output) if inplace else output
 
 
@@ -176,6 +176,11 @@ def _is_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
     n = input.shape[dim]
     position = torch.arange(n, device=input.device)
     return position.view([n if d == dim else 1 for d in range(input.ndim)]) < k
+
+
+def _zero_tail(input: Tensor, k: Tensor, dim: int) -> Tensor:
+    output: Tensor = _KeepPrefix.apply(input, k, dim)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _KeepPrefix(torch.autograd.Function):
@@ -198,12 +203,12 @@ class _KeepPrefix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (k,) = ctx.saved_tensors
-        return _KeepPrefix.apply(grad, k, ctx.dim), None, None
+        return _zero_tail(grad, k, ctx.dim), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (k,) = ctx.saved_tensors
-        return _KeepPrefix.apply(tangent, k, ctx.dim)
+        return _zero_tail(tangent, k, ctx.dim)
 
     @staticmethod
     def vmap(
@@ -217,7 +222,7 @@ class _KeepPrefix(torch.autograd.Function):
         if k_dim is not None:
             k = k.movedim(k_dim, 0)
             k = k.reshape(len(k), *(k.shape[1:] or [1] * (input.ndim - 1)))
-        return _KeepPrefix.apply(input, k, dim + 1), 0
+        return _zero_tail(input, k, dim + 1), 0
 
 
 def resolve_dims(

@@ -1,6 +1,5 @@
 """The layers: they store arguments and call `functional`."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,14 +66,15 @@ class TailDropout(nn.Module):
     ) -> None:
         super().__init__()
         self.p = p
-        self.batch_dim = batch_dim if isinstance(batch_dim, int) else tuple(batch_dim)
+        self.batch_dim: int | tuple[int, ...] = (
+            batch_dim if isinstance(batch_dim, int) else tuple(batch_dim)
+        )
         self.dropout_dim = dropout_dim
         self.lengths = lengths
         self.stratified = stratified
         self.inplace = inplace
         self.set_k(None)
-        batch_dims = (batch_dim,) if isinstance(batch_dim, int) else self.batch_dim
-        if dropout_dim in batch_dims:
+        if dropout_dim in ([batch_dim] if isinstance(batch_dim, int) else batch_dim):
             raise ValueError(
                 "batch_dim and dropout_dim must be different dims, got "
                 f"batch_dim={batch_dim} and dropout_dim={dropout_dim}"
@@ -135,10 +135,11 @@ class TailDropout(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         compiled = torch.compiler.is_dynamo_compiling()
-        if self._k_tensor is not None:
+        k = self._k_tensor if compiled else self._k
+        if k is not None:
             return F.keep_prefix_of_samples(
                 input,
-                self._k_tensor if compiled else self._k,
+                k,
                 self.batch_dim,
                 self.dropout_dim,
                 largest_k=self._largest_k,

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ def draw(
         k = draw(lengths, n, count, stratified=stratified, generator=generator)
         return k.to(device)
     # Named only where given: the overloads with a generator refuse symbolic sizes.
-    source = {} if generator is None else {"generator": generator}
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
     u = torch.rand(count, dtype=torch.float64, device=device, **source)
     if stratified:
         stratum = torch.randperm(count, device=device, **source)

@@ -1,0 +1,337 @@
+"""Measuring loss(k): how much each further feature is worth, on held-out data."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
+
+from . import choose
+from .functional import check_k, check_k_at_most
+from .insert import Inputs, as_arguments, tail_dropouts
+from .layers import TailDropout
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Loss = nn.Module | Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Scree:
+    """Loss as a function of k, measured on the same samples for every k.
+
+    Attributes:
+        layer: qualified name of the layer.
+        ks: the measured prefix lengths, increasing.
+        loss: mean loss for each of them; float64, shape `(len(ks),)`.
+        count: number of samples.
+        cov: covariance of the per-sample losses of two ks; float64, `(len(ks), len(ks))`.
+    """
+
+    layer: str
+    ks: list[int]
+    loss: Tensor
+    count: int
+    cov: Tensor
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of each mean loss: float64, shape `(len(ks),)`. NaN for one sample."""
+        return (self.cov.diagonal() / self.count).sqrt()
+
+    def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> int:
+        """The smallest k that surely loses less than a tolerance against the largest measured k.
+
+        See `taildropout.choose.choose`.
+        """
+        return choose.choose(self, tolerance, confidence)
+
+    def one_standard_error(self) -> int:
+        """The smallest k whose loss is within one standard error of the smallest loss.
+
+        See `taildropout.choose.one_standard_error`.
+        """
+        return choose.one_standard_error(self)
+
+    def knee(self) -> int | None:
+        """The k where the curve bends most, or None if it does not bend.
+
+        See `taildropout.choose.knee`.
+        """
+        return choose.knee(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement as plain data, fit for JSON; `from_dict` reads it back."""
+        return {
+            "layer": self.layer,
+            "ks": self.ks,
+            "loss": self.loss.tolist(),
+            "count": self.count,
+            "cov": self.cov.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Scree":
+        """The Scree that `to_dict` wrote.
+
+        Example:
+            >>> s = Scree("1", [0, 1], torch.tensor([2.0, 1.0]).double(), 9, torch.eye(2).double())
+            >>> Scree.from_dict(s.to_dict()).to_dict() == s.to_dict()
+            True
+        """
+        return cls(
+            data["layer"],
+            list(data["ks"]),
+            torch.tensor(data["loss"], dtype=torch.float64),
+            data["count"],
+            torch.tensor(data["cov"], dtype=torch.float64),
+        )
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A table with the columns k (the index), loss and stderr. Needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas needs pandas: pip install 'taildropout[pandas]'"
+            ) from error
+        columns = {"loss": self.loss.tolist(), "stderr": self.stderr.tolist()}
+        return pd.DataFrame(columns, index=pd.Index(self.ks, name="k"))
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Loss against k with its standard error. Needs matplotlib. See `taildropout.plot`."""
+        from .plot import plot_scree
+
+        return plot_scree(self, ax=ax)
+
+
+def scree(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[tuple[Inputs, Any]],
+    *,
+    layer: str | None = None,
+    ks: Iterable[int] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Scree:
+    """Measure the loss for each prefix length k of one TailDropout layer.
+
+    The model is run in eval mode without gradients, and comes back in the state that it was in:
+    modes, ks, and the state of torch's random generator, also after an exception or Ctrl-C.
+
+    Args:
+        model: a model with a TailDropout layer. Other TailDropout layers keep the k that is
+            set, or pass everything.
+        loss: `loss(output, target)` must give one value per sample. A torch loss module with a
+            `reduction` is used with `reduction="none"` and averaged over the sample's other dims.
+        data: yields `(inputs, target)`, where inputs is a tensor (`model(inputs)`), a tuple
+            (`model(*inputs)`) or a dict (`model(**inputs)`). Held-out data: on the training
+            data every further feature seems to help.
+        layer: qualified name of the layer, needed if there are several.
+        ks: the ks to measure. None: all of 0, ..., n up to n = 256, else 0, n and about 128
+            sizes spaced geometrically. The largest is what `choose` compares with, so include n.
+        device: where the batches are moved to. None: the device of the model's parameters.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no TailDropout layer, several and none named, a layer that the model does not
+            call, no data, a k outside 0, ..., n, a loss with class weights or ignored targets.
+        TypeError: the loss does not give one value per sample; the message says how to mend it.
+
+    Example:
+        >>> from taildropout import TailDropout
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 3), TailDropout(), nn.Linear(3, 2))
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(5)]
+        >>> s = scree(model, nn.MSELoss(), batches, progress=False)
+        >>> s.layer, s.ks, s.count
+        ('1', [0, 1, 2, 3], 40)
+    """
+    name, swept = _find_layer(model, layer)
+    per_sample_loss = _per_sample(loss)
+    chosen = None if ks is None else _check_ks(ks)
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), None)
+    moments: _Moments | None = None
+    total = len(data) if isinstance(data, Sized) else None
+    with _as_it_was(model, swept), torch.no_grad():
+        for batch in tqdm(data, desc="scree", total=total, disable=not progress):
+            inputs, target = _to_device(_pair(batch), device)
+            if moments is None or chosen is None:
+                n = _width(model, swept, name, inputs)
+                chosen = _default_ks(n) if chosen is None else chosen
+                check_k_at_most(chosen[-1], n)
+                moments = _Moments(len(chosen))
+            losses = []
+            for k in chosen:
+                with swept.using_k(k):
+                    losses.append(per_sample_loss(_call(model, inputs), target))
+            moments.add(torch.stack(losses).double().cpu())
+    if moments is None or chosen is None or moments.count == 0:
+        raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
+    return Scree(name, chosen, moments.mean, moments.count, moments.covariance())
+
+
+class _Moments:
+    """Count, mean and covariance of vectors that come in batches, in constant memory.
+
+    Chan, Golub and LeVeque (1979): two sets' sums of squares around their own means add up with
+    a correction for the distance of the means.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.squares = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, vectors: Tensor) -> None:  # (size, batch)
+        count = vectors.shape[1]
+        if count == 0:
+            return
+        mean = vectors.mean(1)
+        centred = vectors - mean[:, None]
+        shift = mean - self.mean
+        total = self.count + count
+        self.squares += centred @ centred.T + shift.outer(shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
+
+    def covariance(self) -> Tensor:
+        """NaN for one sample, which has none."""
+        divisor = self.count - 1 if self.count > 1 else float("nan")
+        return self.squares / divisor
+
+
+def _find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
+    layers = tail_dropouts(model)
+    if not layers:
+        raise ValueError("the model must contain a TailDropout layer to be swept, and has none")
+    if name is None and len(layers) == 1:
+        return next(iter(layers.items()))
+    if name not in layers:
+        raise ValueError(
+            f"layer must name one of the model's TailDropout layers {sorted(layers)}, got {name!r}"
+        )
+    return name, layers[name]
+
+
+def _check_ks(ks: Iterable[int]) -> list[int]:
+    checked = set()
+    for k in ks:
+        value = check_k(k)
+        checked.add(int(value))
+    if not checked or min(checked) < 0:
+        raise ValueError(f"ks must be at least one k, each at least 0, got {sorted(checked)}")
+    return sorted(checked)
+
+
+def _default_ks(n: int) -> list[int]:
+    if n <= 256:
+        return list(range(n + 1))
+    spaced = torch.logspace(0, torch.tensor(n).log2().item(), 128, base=2, dtype=torch.float64)
+    return sorted({0, n, *spaced.round().long().tolist()})
+
+
+def _width(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> int:
+    """n of the layer, by running the model once."""
+    widths: list[int] = []
+
+    def look(module: TailDropout, args: tuple[Tensor, ...]) -> None:
+        widths.append(args[0].shape[module.dropout_dim])
+
+    handle = layer.register_forward_pre_hook(look)
+    try:
+        _call(model, inputs)
+    finally:
+        handle.remove()
+    if len(set(widths)) != 1:
+        raise ValueError(
+            f"layer {name!r} must be called by the model with one number of features, "
+            f"got {widths or 'no call'}"
+        )
+    return widths[0]
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def _pair(batch: Any) -> tuple[Inputs, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"data must yield pairs (inputs, target), got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
+def _to_device(values: Any, device: torch.device | str | None) -> Any:
+    if device is None:
+        return values
+    return tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, values)
+
+
+def _per_sample(loss: Loss) -> Callable[[Any, Any], Tensor]:
+    """The loss as a function that gives one value per sample, shape `(batch,)`."""
+    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+        classifies = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+        if classifies and loss.weight is not None:
+            raise ValueError(
+                f"{type(loss).__name__} with class weights has no loss of one sample by itself, "
+                "since it divides by the weights of the batch: pass a function that gives one "
+                "value per sample"
+            )
+        unreduced: Any = copy.copy(loss)
+        unreduced.reduction = "none"
+
+        def module_loss(output: Any, target: Any) -> Tensor:
+            if classifies and bool((target == loss.ignore_index).any()):
+                raise ValueError(
+                    f"{type(loss).__name__} with ignored targets ({loss.ignore_index}) averages "
+                    "over another number of targets for each sample: pass a function that gives "
+                    "one value per sample"
+                )
+            values: Tensor = unreduced(output, target)
+            return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+        return module_loss
+
+    def function_loss(output: Any, target: Any) -> Tensor:
+        values = loss(output, target)
+        if not isinstance(values, Tensor) or values.ndim != 1:
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"{values!r}"
+            name = getattr(loss, "__name__", type(loss).__name__)
+            raise TypeError(
+                f"loss must give one value per sample, a tensor of shape (batch,), got {got}: "
+                f"call {name} with reduction='none' and average over the other dims "
+                "(.flatten(1).mean(1)), or pass a loss module such as nn.MSELoss()"
+            )
+        return values
+
+    return function_loss
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, swept: TailDropout) -> Iterator[None]:
+    """Eval mode inside, with every layer but `swept` at its k; afterwards all as before."""
+    training = {module: module.training for module in model.modules()}
+    ks = {layer: layer.k for layer in tail_dropouts(model).values()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            for layer, k in ks.items():
+                layer.set_k(None if layer is swept else k)
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            for layer, k in ks.items():
+                layer.set_k(k)
