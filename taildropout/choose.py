@@ -114,18 +114,19 @@ def knee(scree: "Scree") -> int | None:
     """
     _check_finite(scree)
     ks = torch.tensor(scree.ks, dtype=torch.float64)
-    if len(ks) < 3 or scree.loss.max() == scree.loss.min():
+    if scree.loss.max() == scree.loss.min():
         return None
     x = (ks - ks[0]) / (ks[-1] - ks[0])
     y = (scree.loss.max() - scree.loss) / (scree.loss.max() - scree.loss.min())
     gain = (y - x).tolist()
-    candidate, threshold = None, 0.0
+    candidate: int | None = None
+    threshold = 0.0
     for i, (here, after) in enumerate(pairwise(gain)):
         before = gain[max(i - 1, 0)]
         if here >= before and here >= after:
             candidate, threshold = i, here - float(x.diff().mean())
         if here <= before and here <= after:
-            threshold = 0.0
+            candidate = None
         if candidate is not None and after < threshold:
             return scree.ks[candidate]
     return None

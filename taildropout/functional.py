@@ -166,20 +166,25 @@ def _keep_prefix(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Ten
     """`keep_prefix` for a checked k: an int, or a tensor that broadcasts against the input."""
     k = k.to(input.device) if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
     if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
-        output = torch.where(_is_kept(input, k, dim), input, input.new_zeros(()))
+        output = _zero_where_not_kept(input, k, dim)
     else:
         output = _zero_tail(input, k, dim)
     return input.copy_(output) if inplace else output
 
 
-def _is_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
+def _zero_where_not_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
     n = input.shape[dim]
     position = torch.arange(n, device=input.device)
-    return position.view([n if d == dim else 1 for d in range(input.ndim)]) < k
+    position = position.view([n if d == dim else 1 for d in range(input.ndim)])
+    output = torch.where(position < k, input, input.new_zeros(()))
+    like_input = torch.empty_like(input)
+    if output.stride() != like_input.stride():  # where may take its strides from the mask
+        output = like_input.copy_(output)
+    return output
 
 
 def _zero_tail(input: Tensor, k: Tensor, dim: int) -> Tensor:
-    output: Tensor = _KeepPrefix.apply(input, k, dim)  # type: ignore[no-untyped-call]
+    output: Tensor = _KeepPrefix.apply(input, k, dim)
     return output
 
 
@@ -188,11 +193,7 @@ class _KeepPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, k: Tensor, dim: int) -> Tensor:
-        output = torch.where(_is_kept(input, k, dim), input, input.new_zeros(()))
-        like_input = torch.empty_like(input)
-        if output.stride() != like_input.stride():  # where may follow the strides of the mask
-            output = like_input.copy_(output)
-        return output
+        return _zero_where_not_kept(input, k, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -221,7 +222,7 @@ class _KeepPrefix(torch.autograd.Function):
             input = input.movedim(input_dim, 0)
         if k_dim is not None:
             k = k.movedim(k_dim, 0)
-            k = k.reshape(len(k), *(k.shape[1:] or [1] * (input.ndim - 1)))
+            k = k.reshape(len(k), *[1] * (input.ndim - k.ndim), *k.shape[1:])
         return _zero_tail(input, k, dim + 1), 0
 
 
@@ -255,7 +256,7 @@ def check_k(k: int | Tensor) -> int | Tensor:
     if isinstance(k, Tensor):
         if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
             raise TypeError(f"k must be an integer tensor, got dtype {k.dtype}")
-        return k
+        return k.to(torch.int64)
     try:
         if isinstance(k, bool):
             raise TypeError

@@ -110,9 +110,10 @@ class TailDropout(nn.Module):
                 shape does not fit, raise in the call, where the input is known.)
             TypeError: k is not an integer.
         """
-        self._k = k if k is None else F.check_k(k)
+        k = None if k is None else F.check_k(k)
         self._largest_k = 0 if k is None else F.largest_k(k)
-        self._k_tensor = None if k is None else torch.as_tensor(self._k)
+        self._k = k
+        self._k_tensor = torch.tensor(k, device="cpu") if isinstance(k, int) else k
 
     @contextmanager
     def using_k(self, k: int | Tensor | None) -> Iterator["TailDropout"]:

@@ -446,7 +446,8 @@ def _evaluate(graph: _Graph, node: fx.Node, known: dict[fx.Node, _Features]) -> 
 
     if _is_first_result(node):
         return value(_input(node))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    mapped: Any = fx.node.map_arg((node.args, node.kwargs), value)
+    args, kwargs = mapped
     result = node.target(*args, **kwargs)  # type: ignore[operator]
     first: Tensor = result[0] if isinstance(result, tuple | list) else result
     return first.to("cpu", torch.float64)

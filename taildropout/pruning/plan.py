@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -232,7 +232,7 @@ def save_pruned(small: nn.Module, plan: PrunePlan, path: str | os.PathLike[str])
     }
     record = {**plan.to_dict(), "sha256": _digest(tensors)}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"taildropout": json.dumps(record)})
+        temporary.write_bytes(save(tensors, metadata={"taildropout": json.dumps(record)}))
 
 
 def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -1,0 +1,1 @@
+"""The command-line demonstration: train once on real images, choose the width, cut, check."""
