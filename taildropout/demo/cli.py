@@ -21,7 +21,7 @@ from .model import Autoencoder, pca_errors, train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 32
+WIDTH = 16
 EPOCHS = {"digits": 150, "fashion-mnist": 12}
 TOLERANCE = 0.05
 SHOWN = 10  # images in reconstructions.png

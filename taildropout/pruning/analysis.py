@@ -126,8 +126,7 @@ class _Graph:
         args, kwargs = as_arguments(example_inputs)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, of itself
-                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                warnings.simplefilter("ignore")  # torch's, about its own tracing
                 program = torch.export.export(traced, args, kwargs, strict=False)
                 program = program.run_decompositions({})  # free of in-place operations
         except Exception as error:
@@ -183,6 +182,20 @@ def _where(node: fx.Node) -> str:
     return f"{name} in module {module!r}" if module else f"{name} in the model's own forward"
 
 
+def _nearest_layer(node: fx.Node, *, forwards: bool) -> str:
+    """The layer, in the words of an error message, whose features arrive at or leave from a node."""
+    queue, seen = [node], {node}
+    while queue:
+        here = queue.pop(0)
+        if _is_layer(here):
+            return f"layer {here.args[1]!r}"
+        for other in here.users if forwards else here.all_input_nodes:
+            if other not in seen:
+                seen.add(other)
+                queue.append(other)
+    return "a TailDropout layer"
+
+
 # ------------------------------------------------------------------- how operations treat features
 #
 # Every operation that is not listed here mixes features, or is unknown: it is refused.
@@ -207,7 +220,8 @@ _RESHAPING = {
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
-_POINTWISE_WITHOUT_TAG = {
+_POINTWISE_WITHOUT_TAG = {  # in one of the versions of torch that are supported
+    aten.leaky_relu.default,
     aten.hardswish.default,
     aten.log_sigmoid.default,
     aten.where.ScalarSelf,
@@ -345,6 +359,12 @@ def _read_from(node: fx.Node, source: fx.Node, features: _Features) -> _Features
     return None
 
 
+def _is_broadcast(node: fx.Node, source: fx.Node, dim: int) -> bool:
+    """Whether an elementwise operation reads one entry of `source` for all features."""
+    dim -= len(_shape(node)) - len(_shape(source))
+    return _is_pointwise(node) and (dim < 0 or _shape(source)[dim] == 1)
+
+
 def _passes_features_on(node: fx.Node) -> bool:
     return (
         _is_layer(node)
@@ -393,8 +413,8 @@ def _find_known(graph: _Graph, k: dict[str, int]) -> dict[fx.Node, _Features]:
             continue
         if node.op == "output":
             raise PruningError(
-                "the features of a TailDropout layer reach the output of the model, whose shape "
-                "would change: slice the output to the first k features instead"
+                f"the features of {_nearest_layer(sources[0], forwards=False)} reach the output of "
+                "the model, whose shape would change: slice the output to the first k instead"
             )
         if sources == [node.args[0]] and known[sources[0]].dim == _feature_dim_of_input(node):
             continue
@@ -402,9 +422,10 @@ def _find_known(graph: _Graph, k: dict[str, int]) -> dict[fx.Node, _Features]:
         place = places[0]
         if place is None or not all(place.same_place(other) for other in places):
             raise PruningError(
-                f"the features of a TailDropout layer are read by {_where(node)}, which mixes "
-                "features or is not supported: they must pass through elementwise functions, "
-                "BatchNorm, pooling and reshaping only, to a Linear or an ungrouped Conv"
+                f"the features of {_nearest_layer(sources[0], forwards=False)} are read by "
+                f"{_where(node)}, which mixes features or is not supported: they must pass through "
+                "elementwise functions, BatchNorm, pooling and reshaping only, to a Linear or an "
+                "ungrouped Conv"
             )
         constant = _constant_along(_evaluate(graph, node, known), place, node)
         known[node] = _Features(place.dim, place.mask, constant)
@@ -440,8 +461,8 @@ def _evaluate(graph: _Graph, node: fx.Node, known: dict[fx.Node, _Features]) -> 
         if source in graph.tensor:
             return graph.value(source)
         raise PruningError(
-            f"the features of a TailDropout layer meet other values in {_where(node)}: "
-            "they are no longer constants there"
+            f"the features of {_nearest_layer(node, forwards=False)} meet other values in "
+            f"{_where(node)}: its tail is no longer constant there"
         )
 
     if _is_first_result(node):
@@ -480,16 +501,18 @@ def _find_unneeded(graph: _Graph, k: dict[str, int]) -> dict[fx.Node, _Features]
         for user, read in reads.items():
             if not features.same_place(read):
                 raise PruningError(
-                    f"the features that {_where(node)} computes for a TailDropout layer are also "
-                    f"read by {_where(user)}, past the layer"
+                    f"the features that {_where(node)} computes for "
+                    f"{_nearest_layer(node, forwards=True)} are also read by {_where(user)}, past "
+                    "the layer"
                 )
         if _passes_features_on(node):
             _check_all_inputs(graph, node, features)
         elif features.dim != _feature_dim_of_output(node):
             raise PruningError(
-                f"the features of a TailDropout layer are computed by {_where(node)}, which can't "
-                "compute some of them only: they must come from a Linear or an ungrouped Conv, "
-                "through elementwise functions, BatchNorm, pooling and reshaping only"
+                f"the features of {_nearest_layer(node, forwards=True)} come from {_where(node)}, "
+                "which can't compute some of them only: they must come from a Linear or an "
+                "ungrouped Conv, through elementwise functions, BatchNorm, pooling and reshaping "
+                "only"
             )
         unneeded[node] = features
     return unneeded
@@ -514,12 +537,13 @@ def _unneeded_by(
 
 def _check_all_inputs(graph: _Graph, node: fx.Node, features: _Features) -> None:
     for source in node.all_input_nodes:
-        scalar = source in graph.tensor or all(size == 1 for size in _shape(source))
-        if not scalar and _read_from(node, source, features) is None:
+        if source in graph.tensor or _is_broadcast(node, source, features.dim):
+            continue
+        if _read_from(node, source, features) is None:
             raise PruningError(
-                f"the first k features of a TailDropout layer are not whole features of what "
-                f"{_where(node)} reads (a channel that is flattened together with its positions "
-                "can only go as a whole: choose k accordingly)"
+                f"the first k features of {_nearest_layer(node, forwards=True)} are not whole "
+                f"features of what {_where(node)} reads (a channel that is flattened together with "
+                "its positions can only go as a whole: choose k accordingly)"
             )
 
 
@@ -598,7 +622,7 @@ def _check_agreement(
 ) -> None:
     passed = None if before is None else _passed_on(node, source, before)
     agree = gone is None if passed is None else passed.same_place(gone)
-    broadcast = before is None and all(size == 1 for size in _shape(source))
+    broadcast = before is None and gone is not None and _is_broadcast(node, source, gone.dim)
     if not (agree or broadcast):
         raise PruningError(f"{_where(source)} and {_where(node)} would lose different features")
 
