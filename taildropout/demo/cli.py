@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 16
-EPOCHS = {"digits": 150, "fashion-mnist": 12}
+EPOCHS = {"digits": 300, "fashion-mnist": 12}
 TOLERANCE = 0.05
 SHOWN = 10  # images in reconstructions.png
 
