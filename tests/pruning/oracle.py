@@ -43,12 +43,12 @@ def assert_prunes(model, k, *shapes):
 
 @torch.no_grad()
 def as_trained(model):
-    """The model with BatchNorm statistics and parameters that are not the initial 0 and 1."""
+    """The model with random parameters and BatchNorm statistics: none is at its initial 0 or 1."""
+    for parameter in model.parameters():
+        parameter.normal_()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            for tensor in (module.running_mean, module.weight, module.bias):
-                if tensor is not None:
-                    tensor.normal_()
+            module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return model
 

@@ -225,6 +225,13 @@ def test_sequences(batch_dim):
         assert_prunes(model, k, (2, 3, 5), (4, 1, 5), (1, 7, 5))
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Sigmoid()], ids=str)
+def test_one_sample_without_a_batch_dim(activation):
+    model = nn.Sequential(nn.Linear(5, 4), TailDropout(batch_dim=()), activation, nn.Linear(4, 3))
+    for k in range(5):
+        assert_prunes(model, k, (5,), (7, 5))
+
+
 def test_nested_sequentials():
     model = nn.Sequential(
         nn.Sequential(nn.Linear(5, 6), nn.Sequential(nn.Linear(6, 4), nn.ReLU())),
@@ -516,13 +523,18 @@ def test_the_original_is_untouched():
 
 
 @pytest.mark.parametrize(
-    ("behind", "k"), [(nn.LayerNorm(4), 2), (nn.BatchNorm1d(4), 0), (nn.Sigmoid(), 5)], ids=str
+    ("behind", "k", "error", "words"),
+    [
+        (nn.LayerNorm(4), 2, PruningError, "layer_norm in module '3'"),
+        (nn.BatchNorm1d(4), 0, PruningError, "the pruned network does not run"),
+        (nn.Sigmoid(), 5, ValueError, "k must be at most the number of features n=4"),
+    ],
+    ids=["analysis", "run", "k"],
 )
-def test_the_original_is_untouched_when_pruning_fails(behind, k):
-    """In the analysis, in the run of the pruned network, and at a k that is too large."""
+def test_the_original_is_untouched_when_pruning_fails(behind, k, error, words):
     model = touched(as_trained(chain(4, behind, before=[nn.BatchNorm1d(4)])))
     before = snapshot(model)
-    with pytest.raises((PruningError, ValueError)):
+    with pytest.raises(error, match=words):
         td.prune(model, k, torch.zeros(3, 5))
     assert_same(snapshot(model), before)
 
