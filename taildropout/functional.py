@@ -1,5 +1,6 @@
 """Pure tensor functions: what the layers compute."""
 
+import inspect
 import math
 import operator
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu
 from .lengths import Exponential, Lengths, draw
 
 
@@ -58,10 +60,10 @@ def tail_dropout(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> tail_dropout(torch.ones(4, 6))
-        tensor([[1., 1., 1., 0., 0., 0.],
-                [0., 0., 0., 0., 0., 0.],
+        tensor([[1., 1., 0., 0., 0., 0.],
+                [1., 0., 0., 0., 0., 0.],
                 [1., 1., 1., 1., 1., 1.],
-                [1., 1., 1., 1., 1., 1.]])
+                [1., 1., 1., 1., 0., 0.]])
 
     Source: nested dropout, Rippel, Gelbart and Adams (2014), arXiv 1402.0915, with the censored
     exponential lengths of TailDropout, Egil Martinsson (2018).
@@ -193,6 +195,9 @@ class _KeepPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, k: Tensor, dim: int) -> Tensor:
+        bits = cpu.as_bits(input) if type(k) is Tensor and k.device.type == "cpu" else None
+        if bits is not None:
+            return cpu.keep_prefix(bits, k, dim).view(input.dtype)
         return _zero_where_not_kept(input, k, dim)
 
     @staticmethod
@@ -224,6 +229,10 @@ class _KeepPrefix(torch.autograd.Function):
             k = k.movedim(k_dim, 0)
             k = k.reshape(len(k), *[1] * (input.ndim - k.ndim), *k.shape[1:])
         return _zero_tail(input, k, dim + 1), 0
+
+
+# autograd.Function looks the signature up in each call; it is quicker to find than to make.
+_KeepPrefix.forward.__signature__ = inspect.signature(_KeepPrefix.forward)  # type: ignore[attr-defined]
 
 
 def resolve_dims(

@@ -146,12 +146,13 @@ class TailDropout(nn.Module):
                 largest_k=self._largest_k,
                 inplace=self.inplace,
             )
+        if not self.training:
+            return input
         return F.tail_dropout(
             input,
             self._p_tensor if compiled else self._p,
-            self.training,
-            self.batch_dim,
-            self.dropout_dim,
+            batch_dim=self.batch_dim,
+            dropout_dim=self.dropout_dim,
             lengths=self.lengths,
             stratified=self.stratified,
             inplace=self.inplace,

@@ -185,17 +185,43 @@ def draw(
         >>> draw(Uniform(), n=8, count=8).sort().values
         tensor([1, 2, 3, 4, 5, 6, 7, 8])
     """
-    device = torch.device(device)
+    if stratified:
+        k = draw_increasing(lengths, n, count, device=device, generator=generator)
+        return k.gather(0, torch.randperm(count, device=k.device, **_from(generator)))
+    return _draw(lengths, n, count, torch.device(device), generator, in_order=False)
+
+
+def draw_increasing(
+    lengths: Lengths,
+    n: int,
+    count: int,
+    *,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Stratified draws in increasing order: `draw` without its permutation.
+
+    The entry i comes from u_i = (i + v_i) / count, so at most ceil(count * P(K >= j)) entries, the
+    last ones, are at least j: a number that is known before drawing.
+    """
+    return _draw(lengths, n, count, torch.device(device), generator, in_order=True)
+
+
+def _draw(
+    lengths: Lengths,
+    n: int,
+    count: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    in_order: bool,
+) -> Tensor:
     if n == 0:
         return torch.zeros(count, dtype=torch.int64, device=device)
     if device.type == "mps":  # has no float64
-        k = draw(lengths, n, count, stratified=stratified, generator=generator)
-        return k.to(device)
-    # Named only where given: the overloads with a generator refuse symbolic sizes.
-    source: dict[str, Any] = {} if generator is None else {"generator": generator}
-    u = torch.rand(count, dtype=torch.float64, device=device, **source)
-    if stratified:
-        stratum = torch.randperm(count, device=device, **source)
+        return _draw(lengths, n, count, torch.device("cpu"), generator, in_order).to(device)
+    u = torch.rand(count, dtype=torch.float64, device=device, **_from(generator))
+    if in_order:
+        stratum = torch.arange(count, device=device)
         u = ((stratum + u) / max(count, 1)).clamp(max=_LARGEST_BELOW_1)
     # The table is kept between calls only where it is a plain tensor for sure: not while tracing
     # (also under a fake-tensor mode), nor for the user's own lengths, which may change.
@@ -204,6 +230,11 @@ def draw(
     else:
         cdf = _cdf(lengths, n, device)
     return torch.searchsorted(cdf, u, right=True)
+
+
+def _from(generator: torch.Generator | None) -> dict[str, Any]:
+    """Named only where given: the overloads with a generator refuse symbolic sizes."""
+    return {} if generator is None else {"generator": generator}
 
 
 def _cdf(lengths: Lengths, n: int, device: torch.device) -> Tensor:
