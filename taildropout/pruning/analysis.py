@@ -334,7 +334,7 @@ def _reshaped(node: fx.Node, source: fx.Node, dim: int) -> Iterator[tuple[int, T
     args = [index if arg is source else arg for arg in node.args]
     reshaped: Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
     for d in range(reshaped.ndim):
-        along = reshaped.movedim(d, 0).flatten(1)
+        along = reshaped.movedim(d, 0).unsqueeze(-1).flatten(1)
         if shape[dim] > 1 and along.numel() and bool((along == along[:, :1]).all()):
             yield d, along[:, 0]
 
@@ -476,7 +476,7 @@ def _evaluate(graph: _Graph, node: fx.Node, known: dict[fx.Node, _Features]) -> 
 
 def _constant_along(value: Tensor, features: _Features, node: fx.Node) -> Tensor:
     """The constant of each feature, checked to be the same at every place."""
-    rows = value.movedim(features.dim, 0).flatten(1)
+    rows = value.movedim(features.dim, 0).unsqueeze(-1).flatten(1)
     rows = torch.where(features.mask[:, None], rows, 0)
     if rows.shape[1] == 0:
         raise PruningError("the example inputs must hold at least one sample")
@@ -555,7 +555,8 @@ def _find_cuts(
 ) -> tuple[list[Cut], list[Fold]]:
     """What the facts mean for parameters and buffers."""
     masks: dict[tuple[fx.Node, int], Tensor] = {}  # (tensor, dim): what goes
-    folds: list[Fold] = []
+    folds: dict[str, Fold] = {}
+    constants: dict[Any, Tensor] = {}  # what the columns of a weight that go contribute
     changed_for: dict[fx.Node, set[fx.Node]] = {}  # the nodes that ask for a tensor to change
 
     def change(tensor: Any, node: fx.Node) -> str:
@@ -592,9 +593,18 @@ def _find_cuts(
             if _input(node) in known:
                 cut(weight, 1, known[_input(node)].mask, node)
                 constant = _constant_read(graph, node, known[_input(node)])
+                if bias is None and node in unneeded:  # a new bias has only the rows that stay
+                    constant = constant[~unneeded[node].mask]
+                first = constants.setdefault(weight, constant)
+                if not torch.allclose(first, constant, rtol=1e-12, atol=1e-12):
+                    raise PruningError(
+                        f"{_where(node)} is called several times, and the features that go would "
+                        "add another constant to its bias each time"
+                    )
                 if constant.any():
                     name = change(weight if bias is None else bias, node)
-                    folds.append(Fold(_name_of_bias(graph, name, node, bias), constant))
+                    name = _name_of_bias(graph, name, node, bias)
+                    folds[name] = Fold(name, constant)
     for tensor, nodes in changed_for.items():
         for other in set(tensor.users) - nodes:
             raise PruningError(
@@ -603,7 +613,7 @@ def _find_cuts(
     return [
         Cut(graph.names[tensor][0], dim, len(mask), tuple((~mask).nonzero().flatten().tolist()))
         for (tensor, dim), mask in masks.items()
-    ], folds
+    ], list(folds.values())
 
 
 def _union(

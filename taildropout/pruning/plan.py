@@ -171,7 +171,7 @@ def plan_pruning(
         FLOPs          768    240
     """
     findings = analyse(model, _layer_ks(model, k), example_inputs)
-    small = structural_copy(model)
+    small = _with_own_buffers(model)
     operate(small, findings.cuts, findings.folds)
     tensors, small_tensors = tensors_by_name(model), tensors_by_name(small)
     return PrunePlan(
@@ -179,7 +179,7 @@ def plan_pruning(
         findings.n,
         findings.cuts,
         findings.folds,
-        before=_cost(structural_copy(model), example_inputs),
+        before=_cost(_with_own_buffers(model), example_inputs),
         after=_cost(small, example_inputs),
         shapes={
             cut.name: (tuple(tensors[cut.name].shape), tuple(small_tensors[cut.name].shape))
@@ -230,7 +230,8 @@ def save_pruned(small: nn.Module, plan: PrunePlan, path: str | os.PathLike[str])
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in small.state_dict().items()
     }
-    record = {**plan.to_dict(), "sha256": _digest(tensors)}
+    record = plan.to_dict()
+    record["sha256"] = _digest(record, tensors)
     with written_whole(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"taildropout": json.dumps(record)}))
 
@@ -251,9 +252,8 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             another model. The model is untouched then.
         FileNotFoundError: there is no such file.
     """
-    record, tensors = _read(path)
-    cuts = [Cut(name, dim, size, tuple(keep)) for name, dim, size, keep in record["cuts"]]
-    biases = [name for name in record["biases"] if tensors_by_name(model).get(name) is None]
+    cuts, biases, tensors = _read(path)
+    biases = [name for name in biases if tensors_by_name(model).get(name) is None]
     try:
         _check_model_fits(cuts, tensors_by_name(model))
         folds = [Fold(name, torch.zeros_like(tensors[name])) for name in biases]
@@ -307,6 +307,11 @@ def _layer_ks(model: nn.Module, k: int | Mapping[str, int] | None) -> dict[str, 
     return ks
 
 
+def _with_own_buffers(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters only: running it may change buffers."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 def _cost(model: nn.Module, inputs: Inputs) -> Cost:
     for layer in tail_dropouts(model).values():
         layer.set_k(None)
@@ -317,7 +322,8 @@ def _cost(model: nn.Module, inputs: Inputs) -> Cost:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs) -> Any:
-    args, kwargs = as_arguments(inputs)
+    copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+    args, kwargs = as_arguments(copied)
     return model(*args, **kwargs)
 
 
@@ -378,35 +384,40 @@ def _check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    plan = {key: value for key, value in record.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str]) -> tuple[list[Cut], list[str], dict[str, Tensor]]:
+    """The cuts, the biases that may have to be made, and the tensors."""
+    file_name = repr(os.fspath(path))
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise PruningError(
-            f"{os.fspath(path)!r} is not a whole safetensors file: {error}"
-        ) from error
+        raise PruningError(f"{file_name} is not a whole safetensors file: {error}") from error
     if "taildropout" not in metadata:
-        raise PruningError(f"{os.fspath(path)!r} was not written by save_pruned: it holds no plan")
+        raise PruningError(f"{file_name} was not written by save_pruned: it holds no plan")
     try:
         record = json.loads(metadata["taildropout"])
         if record["format"] > FORMAT:
             raise PruningError(
-                f"{os.fspath(path)!r} has format {record['format']}, and this version of "
-                f"taildropout reads up to {FORMAT}: update taildropout"
+                f"{file_name} has format {record['format']}, and this version of taildropout "
+                f"reads up to {FORMAT}: update taildropout"
             )
-        intact = record["sha256"] == _digest(tensors)
+        cuts = [Cut(name, dim, size, tuple(keep)) for name, dim, size, keep in record["cuts"]]
+        if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
+            raise ValueError("an index is out of range")
+        biases = [str(name) for name in record["biases"]]
+        intact = record["sha256"] == _digest(record, tensors)
     except (ValueError, KeyError, TypeError) as error:
-        raise PruningError(f"{os.fspath(path)!r} holds a damaged plan: {error!r}") from error
+        raise PruningError(f"{file_name} holds a damaged plan: {error!r}") from error
     if not intact:
-        raise PruningError(f"{os.fspath(path)!r} has been changed since it was written")
-    return record, tensors
+        raise PruningError(f"{file_name} has been changed since it was written")
+    return cuts, biases, tensors
