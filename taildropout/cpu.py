@@ -41,12 +41,12 @@ def as_bits(input: Tensor) -> Tensor | None:
 
 
 def keep_prefix(bits: Tensor, k: Tensor, dim: int) -> Tensor:
-    """The bits of the first k features along `dim`; k is on the CPU and broadcasts."""
+    """The bits of the first k <= n features along `dim`; k is on the CPU and broadcasts."""
     n = bits.shape[dim]
     if k.numel() == 1:
-        return _keep_one_prefix(bits, min(int(k), n), dim)
+        return _keep_one_prefix(bits, int(k), dim)
     windows = _ones_and_zeros(n, bits.dtype).unfold(0, n, 1)  # (n + 1, n), on 2n entries
-    mask = windows.index_select(0, (n - k.flatten()).clamp_(min=0))
+    mask = windows.index_select(0, n - k.flatten())
     if mask.shape == bits.shape and dim == 1 and bits.is_contiguous():
         return mask.bitwise_and_(bits)
     shape = (1,) * (bits.ndim - k.ndim) + k.shape  # 1 along dim

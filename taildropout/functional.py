@@ -225,6 +225,7 @@ class _KeepPrefix(torch.autograd.Function):
             input = input.expand(info.batch_size, *input.shape)
         else:
             input = input.movedim(input_dim, 0)
+        k = k.clamp(max=input.shape[dim + 1])  # nobody could look at the values before
         if k_dim is not None:
             k = k.movedim(k_dim, 0)
             k = k.reshape(len(k), *[1] * (input.ndim - k.ndim), *k.shape[1:])

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_LARGEST_BELOW_1 = 1 - 2**-53
-
 
 class Lengths(Protocol):
     """What every distribution of lengths answers; bring your own by writing this one method."""
@@ -221,8 +219,8 @@ def _draw(
         return _draw(lengths, n, count, torch.device("cpu"), generator, in_order).to(device)
     u = torch.rand(count, dtype=torch.float64, device=device, **_from(generator))
     if in_order:
-        stratum = torch.arange(count, device=device)
-        u = ((stratum + u) / max(count, 1)).clamp(max=_LARGEST_BELOW_1)
+        stratum = torch.arange(count, dtype=torch.float64, device=device)
+        u = u.add_(stratum).div_(max(count, 1))
     # The table is kept between calls only where it is a plain tensor for sure: not while tracing
     # (also under a fake-tensor mode), nor for the user's own lengths, which may change.
     if type(u) is Tensor and not torch.compiler.is_compiling() and isinstance(lengths, _IMMUTABLE):
@@ -245,7 +243,8 @@ def _cdf(lengths: Lengths, n: int, device: torch.device) -> Tensor:
             f"and dtype {pmf.dtype} from {lengths}"
         )
     cdf = pmf.to(device).cumsum(0)
-    return cdf / cdf[-1]  # exactly 1 from the last possible k on, whatever the sum's rounding
+    # Whatever the sum's rounding, and a uniform's to 1.0: no draw is above the last possible k.
+    return torch.where(cdf < cdf[-1], cdf / cdf[-1], math.inf)
 
 
 _cached_cdf = lru_cache(maxsize=32)(torch.no_grad()(_cdf))
