@@ -2,7 +2,7 @@
 
 from . import functional, lengths
 from .insert import tail_dropouts
-from .layers import TailDropout
+from .layers import TailDropout, TailMLP
 from .pruning import PrunePlan, PruningError, load_pruned, plan_pruning, prune, save_pruned
 from .scree import Scree, scree
 
@@ -12,6 +12,7 @@ __all__ = [
     "PruningError",
     "Scree",
     "TailDropout",
+    "TailMLP",
     "functional",
     "lengths",
     "load_pruned",

@@ -71,6 +71,16 @@ class Exponential:
             [always, torch.exp(-rate * j) * -torch.expm1(-rate), torch.exp(-rate * m).reshape(1)]
         )
 
+    def above(self, n: int, k: int) -> float:
+        """P(K > k)."""
+        _check_reachable(self, n)
+        if k < self.min_k or k >= n:
+            return float(k < self.min_k)
+        m = n - self.min_k
+        # The compiler traces through the cache, and warns that it does.
+        decay_rate = _decay_rate.__wrapped__ if torch.compiler.is_compiling() else _decay_rate
+        return math.exp(-decay_rate(min(self.p * n / m, 1.0), m) * (k + 1 - self.min_k))
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -102,6 +112,10 @@ class Uniform:
                 torch.full((count,), 1 / count, dtype=torch.float64, device="cpu"),
             ]
         )
+
+    def above(self, n: int, k: int) -> float:
+        """P(K > k)."""
+        return min((n - k) / (n + 1 - self.min_k), 1.0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,12 @@ class Sizes:
             0, size, weight / weight.sum()
         )
 
+    def above(self, n: int, k: int) -> float:
+        """P(K > k)."""
+        weights = self.weights or (1.0,) * len(self.sizes)
+        larger = [w for size, w in zip(self.sizes, weights, strict=True) if size > k]
+        return sum(larger) / sum(weights)
+
 
 def draw(
     lengths: Lengths,
@@ -184,25 +204,33 @@ def draw(
         tensor([1, 2, 3, 4, 5, 6, 7, 8])
     """
     if stratified:
-        k = draw_increasing(lengths, n, count, device=device, generator=generator)
-        return k.gather(0, torch.randperm(count, device=k.device, **_from(generator)))
+        k, rank = draw_ranked(lengths, n, count, device=device, generator=generator)
+        return k.gather(0, rank)
     return _draw(lengths, n, count, torch.device(device), generator, in_order=False)
 
 
-def draw_increasing(
+def draw_ranked(
     lengths: Lengths,
     n: int,
     count: int,
     *,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Stratified draws in increasing order: `draw` without its permutation.
+) -> tuple[Tensor, Tensor]:
+    """Stratified draws in increasing order, and the rank of each sample: `k[rank]` is `draw`.
 
     The entry i comes from u_i = (i + v_i) / count, so at most ceil(count * P(K >= j)) entries, the
     last ones, are at least j: a number that is known before drawing.
     """
-    return _draw(lengths, n, count, torch.device(device), generator, in_order=True)
+    k = _draw(lengths, n, count, torch.device(device), generator, in_order=True)
+    return k, torch.randperm(count, device=k.device, **_from(generator))
+
+
+def probability_above(lengths: Lengths, n: int, k: int) -> float:
+    """P(K > k), as a number: also while compiling, for the lengths of this module."""
+    if isinstance(lengths, _IMMUTABLE):
+        return lengths.above(n, k)
+    return float(lengths.pmf(n)[k + 1 :].sum())
 
 
 def _draw(

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from taildropout.lengths import Exponential, Sizes, Uniform, draw
+from taildropout.lengths import (
+    Exponential,
+    Sizes,
+    Uniform,
+    draw,
+    draw_ranked,
+    probability_above,
+)
 
 PS = [1e-9, 1e-6, 9.9e-5, 1.01e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-9]
 NS = [1, 2, 3, 7, 64, 1000, 10**6]
@@ -471,3 +478,39 @@ def test_a_pmf_of_the_wrong_form_is_refused(pmf):
     message = rf"pmf\(n\) must return n \+ 1 = 6 float64 numbers, got .*{pmf.dtype} from OwnLengths"
     with pytest.raises(ValueError, match=message):
         draw(OwnLengths(pmf), 5, 3)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        Exponential(0.3),
+        Exponential(0.0),
+        Exponential(1.0),
+        Exponential(0.4, min_k=5),
+        Uniform(),
+        Uniform(min_k=4),
+        Sizes([2, 9, 2], weights=[1, 2, 3]),
+        Sizes([0, 12]),
+    ],
+    ids=str,
+)
+def test_the_probability_above_k_is_the_sum_of_the_pmf(lengths):
+    n = 12
+    pmf = lengths.pmf(n)
+    for k in range(n + 1):
+        assert probability_above(lengths, n, k) == pytest.approx(
+            float(pmf[k + 1 :].sum()), abs=1e-12
+        )
+
+
+@given(p=st.floats(0, 1), n=st.integers(1, 300), count=st.integers(1, 200), seed=st.integers(0, 99))
+def test_how_many_draws_exceed_k_is_bounded_before_drawing(p, n, count, seed):
+    """In stratified draws at most ceil(count * P(K > k)) are above k."""
+    torch.manual_seed(seed)
+    lengths = Exponential(p)
+    k, rank = draw_ranked(lengths, n, count)
+    assert k.tolist() == sorted(k.tolist())
+    assert rank.sort().values.tolist() == list(range(count))
+    for bound in {0, n // 3, n - 1}:
+        limit = math.ceil(count * probability_above(lengths, n, bound) + 1e-6)
+        assert int((k > bound).sum()) <= limit

@@ -1,0 +1,407 @@
+"""TailMLP and tail_mlp against the Sequential that computes the tail and zeroes it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import taildropout as td
+from taildropout import TailDropout, TailMLP
+from taildropout.functional import keep_prefix, tail_mlp
+
+IN, HIDDEN, OUT = 6, 37, 5
+ACTIVATIONS = [nn.GELU, nn.ReLU, nn.Sigmoid, nn.PReLU, nn.Softplus, torch.tanh, torch.exp]
+
+
+def as_sequential(mlp):
+    """The oracle, whatever the activation: masked, nothing skipped."""
+
+    def forward(x):
+        return mlp.fc2(mlp.dropout(mlp.activation(mlp.fc1(x))))
+
+    return forward
+
+
+def gradients(function, inputs, upstream, **options):
+    torch.manual_seed(7)
+    return torch.autograd.grad(function(inputs[0]), inputs, upstream, **options)
+
+
+def assert_same(mlp, x, rtol=1e-9, atol=1e-11):
+    """Output and all gradients are the oracle's under the same seed."""
+    torch.manual_seed(7)
+    actual = mlp(x)
+    torch.manual_seed(7)
+    expected = as_sequential(mlp)(x)
+    assert_close(actual, expected, rtol=rtol, atol=atol)
+    inputs = [x, *mlp.parameters()]
+    upstream = torch.randn_like(expected)
+    assert_close(
+        gradients(mlp, inputs, upstream),
+        gradients(as_sequential(mlp), inputs, upstream),
+        rtol=rtol,
+        atol=atol,
+    )
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("p", [0, 0.1, 0.5, 0.9, 1])
+@pytest.mark.parametrize("blocks", [None, 1, 4, 37, 100])
+def test_training_computes_what_the_sequential_does(activation, p, blocks):
+    mlp = TailMLP(IN, HIDDEN, OUT, p, activation, blocks=blocks).double()
+    assert_same(mlp, double(33, IN))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        td.lengths.Uniform(),
+        td.lengths.Uniform(min_k=9),
+        td.lengths.Sizes([3, 20]),
+        td.lengths.Sizes([0, 37], weights=[1, 3]),
+        td.lengths.Exponential(0.4, min_k=10),
+    ],
+)
+def test_with_any_lengths(lengths):
+    assert_same(TailMLP(IN, HIDDEN, OUT, lengths=lengths, blocks=6).double(), double(50, IN))
+
+
+class Own:
+    """Lengths that a user wrote: k is 0, 5 or n."""
+
+    def pmf(self, n):
+        pmf = torch.zeros(n + 1, dtype=torch.float64)
+        pmf[[0, 5, n]] = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+        return pmf
+
+
+def test_with_lengths_of_the_users_own():
+    assert_same(TailMLP(IN, HIDDEN, OUT, lengths=Own(), blocks=6).double(), double(50, IN))
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch_dim"),
+    [
+        ((IN,), ()),
+        ((1, IN), 0),
+        ((0, IN), 0),
+        ((8, IN), -2),
+        ((8, 5, IN), 0),
+        ((8, 5, IN), 1),
+        ((8, 5, IN), (0, 1)),
+        ((8, 5, IN), (1, 0)),
+        ((8, 5, IN), ()),
+        ((3, 4, 5, IN), (2, 0)),
+    ],
+)
+def test_with_any_leading_shape(shape, batch_dim):
+    mlp = TailMLP(IN, HIDDEN, OUT, batch_dim=batch_dim, blocks=4).double()
+    assert_same(mlp, double(*shape))
+
+
+@given(
+    batch=st.integers(0, 40),
+    sizes=st.tuples(*[st.integers(1, 40)] * 3),
+    p=st.floats(0, 1),
+    blocks=st.integers(1, 50),
+    bias=st.booleans(),
+)
+def test_with_any_sizes(batch, sizes, p, blocks, bias):
+    mlp = TailMLP(*sizes, p=p, bias=bias, blocks=blocks).double()
+    assert_same(mlp, double(batch, sizes[0]))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Sigmoid])
+def test_second_derivatives(activation):
+    mlp = TailMLP(IN, HIDDEN, OUT, activation=activation, blocks=4).double()
+    x = double(9, IN)
+    inputs, upstream = [x, *mlp.parameters()], torch.randn(9, OUT, dtype=torch.float64)
+
+    def of_squared_gradients(function):
+        first = gradients(function, inputs, upstream, create_graph=True)
+        loss = sum(grad.square().sum() for grad in first)
+        return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+    assert_close(of_squared_gradients(mlp), of_squared_gradients(as_sequential(mlp)))
+
+
+def test_per_sample_k_follows_the_lengths(assert_drawn_from):
+    """With the identity for both weights the output is the mask."""
+    eye, ones = torch.eye(HIDDEN), torch.ones(20_000, HIDDEN)
+    output = tail_mlp(ones, eye, None, eye, None, p=0.3, activation=nn.Identity(), blocks=5)
+    assert set(output.unique().tolist()) == {0.0, 1.0}
+    assert_drawn_from(output.sum(1).long(), td.lengths.Exponential(0.3).pmf(HIDDEN))
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function().sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.95])
+def test_the_tail_is_not_computed(p):
+    """A staircase of 16 steps computes at most half a step's height more than 1 - p of it all."""
+    x = torch.randn(1000, 64, requires_grad=True)
+    mlp = TailMLP(64, 512, 64, p, blocks=16)
+    share = flops(lambda: mlp(x)) / flops(lambda: as_sequential(mlp)(x))
+    assert 1 - p <= share <= 1 - p + 0.5 / 16 + 0.01
+
+
+# --- the module -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("k", [0, 1, 20, HIDDEN, torch.arange(8)])
+def test_a_set_k_is_that_of_the_sequential(k, training):
+    mlp = TailMLP(IN, HIDDEN, OUT).double().train(training)
+    mlp.set_k(k)
+    x = double(8, IN)
+    hidden = keep_prefix(mlp.activation(mlp.fc1(x)), k)
+    assert_close(mlp(x), mlp.fc2(hidden), rtol=1e-10, atol=1e-12)
+
+
+def test_a_set_k_computes_only_that_many_features():
+    x = torch.randn(8, IN)
+    mlp = TailMLP(IN, HIDDEN, OUT).eval()
+
+    def computed(k):
+        mlp.set_k(k)
+        with FlopCounterMode(display=False) as counter:
+            mlp(x)
+        return counter.get_total_flops()
+
+    assert computed(10) == 2 * 8 * 10 * (IN + OUT)
+    assert computed(None) == 2 * 8 * HIDDEN * (IN + OUT)
+
+
+def test_eval_is_the_plain_network_and_clears_k():
+    mlp = TailMLP(IN, HIDDEN, OUT)
+    mlp.set_k(3)
+    mlp.eval()
+    assert mlp.k is None
+    x = torch.randn(8, IN)
+    assert_close(mlp(x), mlp.fc2(mlp.activation(mlp.fc1(x))), rtol=0, atol=0)
+
+
+def test_using_k_holds_inside():
+    mlp = TailMLP(IN, HIDDEN, OUT).eval()
+    mlp.set_k(5)
+    with mlp.using_k(2) as inside:
+        assert inside is mlp
+        assert mlp.k == 2
+    assert mlp.k == 5
+
+
+def test_p_is_that_of_its_dropout():
+    mlp = TailMLP(IN, HIDDEN, OUT, p=0.25)
+    assert mlp.p == mlp.dropout.p == 0.25
+    mlp.p = 0.75
+    assert mlp.dropout.p == 0.75
+
+
+def test_out_features_are_in_features_by_default():
+    assert TailMLP(IN, HIDDEN)(torch.randn(3, IN)).shape == (3, IN)
+
+
+def test_state_dict_holds_the_two_linear_layers():
+    assert list(TailMLP(IN, HIDDEN).state_dict()) == [
+        "fc1.weight",
+        "fc1.bias",
+        "fc2.weight",
+        "fc2.bias",
+    ]
+    assert list(TailMLP(IN, HIDDEN, bias=False).state_dict()) == ["fc1.weight", "fc2.weight"]
+
+
+def test_to_sequential_and_back_shares_the_parameters():
+    mlp = TailMLP(IN, HIDDEN, OUT, p=0.3, activation=nn.Tanh).double().eval()
+    sequential = mlp.to_sequential()
+    assert [type(module) for module in sequential] == [nn.Linear, nn.Tanh, TailDropout, nn.Linear]
+    back = TailMLP.from_sequential(sequential, blocks=3)
+    assert back.blocks == 3
+    assert back.p == 0.3
+    assert not back.training
+    for name, parameter in mlp.named_parameters():
+        assert back.get_parameter(name) is parameter
+    assert_same(back.train(), double(12, IN))
+
+
+NOT_CONVERTIBLE = [
+    (nn.Sequential(nn.Linear(3, 3), TailDropout(), nn.Linear(3, 3)), "needs nn.Sequential"),
+    (nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Dropout(), nn.Linear(3, 3)), "'Dropout'"),
+    (
+        nn.Sequential(nn.Linear(3, 3), nn.GELU(), TailDropout(dropout_dim=1), nn.Linear(3, 3)),
+        "along dropout_dim=-1",
+    ),
+    (
+        nn.Sequential(nn.Linear(3, 3), nn.GELU(), TailDropout(stratified=False), nn.Linear(3, 3)),
+        "needs stratified draws",
+    ),
+    (
+        nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1), TailDropout(), nn.Linear(3, 3)),
+        "activation must be elementwise",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sequential", "words"), NOT_CONVERTIBLE)
+def test_other_sequentials_are_refused(sequential, words):
+    with pytest.raises(ValueError, match=words):
+        TailMLP.from_sequential(sequential)
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.Softmax(-1), nn.LayerNorm(4), nn.GLU(), nn.PReLU(HIDDEN), nn.LogSoftmax(-1)]
+)
+def test_an_activation_that_mixes_features_is_refused(activation):
+    with pytest.raises(ValueError, match="activation must be elementwise"):
+        TailMLP(IN, HIDDEN, activation=activation)
+
+
+@pytest.mark.parametrize("blocks", [0, -3])
+def test_less_than_one_block_is_refused(blocks):
+    with pytest.raises(ValueError, match=f"blocks must be at least 1, got {blocks}"):
+        TailMLP(IN, HIDDEN, blocks=blocks)
+
+
+def test_a_bad_p_is_refused():
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 1.5"):
+        TailMLP(IN, HIDDEN, p=1.5)
+
+
+def test_a_k_above_the_hidden_features_is_refused():
+    mlp = TailMLP(IN, HIDDEN)
+    mlp.set_k(HIDDEN + 1)
+    with pytest.raises(ValueError, match=f"at most the number of features n={HIDDEN}, got k=38"):
+        mlp(torch.randn(3, IN))
+
+
+def test_a_dim_that_the_input_does_not_have_is_refused():
+    with pytest.raises(IndexError, match="batch_dim must be a dim of the input, got batch_dim=2"):
+        TailMLP(IN, HIDDEN, batch_dim=2)(torch.randn(3, IN))
+
+
+def test_a_copy_is_independent_and_equal():
+    mlp = TailMLP(IN, HIDDEN, OUT)
+    copied = copy.deepcopy(mlp)
+    x = torch.randn(9, IN)
+    torch.manual_seed(3)
+    expected = mlp(x)
+    torch.manual_seed(3)
+    assert_close(copied(x), expected, rtol=0, atol=0)
+
+
+# --- precision, compiler, and the rest of the library -------------------------------------------
+
+
+def test_autocast_has_the_dtype_of_the_sequential_and_its_accuracy():
+    mlp = TailMLP(64, 256, 32)
+    x = torch.randn(100, 64)
+    torch.manual_seed(7)
+    exact = mlp(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(7)
+        actual = mlp(x)
+        torch.manual_seed(7)
+        expected = as_sequential(mlp)(x)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    error, reference = (actual - exact).norm(), (expected - exact).norm()
+    assert error <= 1.5 * reference
+
+
+def test_bfloat16_is_as_accurate_as_the_sequential():
+    mlp = TailMLP(64, 1024, 32, p=0.3, blocks=16)
+    x = torch.randn(200, 64)
+    torch.manual_seed(7)
+    exact = mlp(x)
+    mlp, x = mlp.bfloat16(), x.bfloat16()
+    torch.manual_seed(7)
+    error = (mlp(x) - exact).norm()
+    torch.manual_seed(7)
+    assert error <= 1.5 * (as_sequential(mlp)(x) - exact).norm()
+    mlp(x).sum().backward()
+    assert mlp.fc1.weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+class TestCompiled:
+    def test_one_graph_with_the_same_results_and_gradients(self):
+        mlp = TailMLP(IN, HIDDEN, OUT, blocks=4).double()
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+        x = double(20, IN)
+        inputs, upstream = [x, *mlp.parameters()], torch.randn(20, OUT, dtype=torch.float64)
+        assert_close(gradients(compiled, inputs, upstream), gradients(mlp, inputs, upstream))
+
+    def test_a_change_of_p_or_of_the_batch_size_is_seen(self):
+        mlp = TailMLP(IN, HIDDEN, OUT, blocks=4)
+        compiled = torch.compile(mlp, fullgraph=True, backend="eager")
+        for p, batch in [(0.5, 20), (0.1, 20), (0.9, 20), (0.5, 40), (0.5, 41), (0.1, 43)]:
+            mlp.p = p
+            x = torch.randn(batch, IN)
+            torch.manual_seed(7)
+            actual = compiled(x)
+            torch.manual_seed(7)
+            assert_close(actual, as_sequential(mlp)(x))
+
+    @pytest.mark.parametrize(
+        "lengths", [td.lengths.Uniform(min_k=3), td.lengths.Sizes([2, 30], weights=[1, 2])]
+    )
+    def test_other_lengths(self, lengths):
+        mlp = TailMLP(IN, HIDDEN, OUT, lengths=lengths, blocks=4)
+        compiled = torch.compile(mlp, fullgraph=True, backend="eager")
+        x = torch.randn(20, IN)
+        torch.manual_seed(7)
+        actual = compiled(x)
+        torch.manual_seed(7)
+        assert_close(actual, as_sequential(mlp)(x))
+
+    def test_a_change_of_k_does_not_recompile(self):
+        mlp = TailMLP(IN, HIDDEN, OUT).eval()
+        counter = CompileCounter()
+        compiled = torch.compile(mlp, fullgraph=True, backend=counter)
+        x = torch.randn(8, IN)
+        for k in (3, 7, HIDDEN):
+            mlp.set_k(k)
+            assert_close(compiled(x), mlp(x))
+        assert counter.frame_count == 1
+
+
+def test_an_exported_model_computes_what_the_model_does():
+    mlp = TailMLP(IN, HIDDEN, OUT).eval()
+    x = torch.randn(8, IN)
+    assert_close(torch.export.export(mlp, (x,)).module()(x), mlp(x))
+
+
+def test_scree_is_that_of_the_sequential():
+    mlp = TailMLP(IN, HIDDEN, OUT)
+    data = [(torch.randn(20, IN), torch.randn(20, OUT)) for _ in range(2)]
+    actual = td.scree(mlp, nn.MSELoss(), data, progress=False)
+    expected = td.scree(mlp.to_sequential(), nn.MSELoss(), data, progress=False)
+    assert actual.layer == "dropout"
+    assert actual.ks == expected.ks == list(range(HIDDEN + 1))
+    assert_close(actual.loss, expected.loss)
+    assert_close(actual.cov, expected.cov)
+
+
+@pytest.mark.parametrize("k", [1, 9, HIDDEN])
+def test_pruning_cuts_it_like_the_sequential(k):
+    mlp = TailMLP(IN, HIDDEN, OUT, activation=nn.Sigmoid).eval()
+    x = torch.randn(8, IN)
+    small = td.prune(mlp, k, x[:2])
+    assert isinstance(small, TailMLP)
+    assert small.fc1.out_features == small.fc2.in_features == k
+    mlp.set_k(k)
+    assert_close(small(x), mlp(x))
+    small.train()
+    assert_same(small.double(), double(20, IN))
