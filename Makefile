@@ -1,5 +1,6 @@
 # make demo   train a network on real images, measure it, cut it, check it
 # make test   everything that continuous integration runs
+# make bench  all benchmarks, in about half an hour
 #
 # Both set up .venv by themselves. DATA=fashion-mnist picks the demo's data;
 # CONSTRAINTS=FILE tests against other versions than the pinned ones.
@@ -11,7 +12,7 @@ DATA ?= digits
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types figures clean
+.PHONY: demo test bench lint types figures clean
 
 demo: $(READY)
 	$(BIN)/taildropout demo --data $(DATA)
@@ -25,6 +26,13 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/tail_mlp.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/order.py
 
 figures: $(READY)
 	$(BIN)/python docs/figures.py

@@ -4,6 +4,8 @@ All ks are measured on the same samples, so two of them are compared sample by s
 difference of their losses has a far smaller standard error than either loss.
 """
 
+import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,75 @@ def choose(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) ->
         >>> choose(s, tolerance=0.1)
         2
     """
+    bounds = _upper_bounds(scree, tolerance, confidence)
+    return _smallest(scree, bounds)
+
+
+def explain(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) -> str:
+    """What `choose` answers and why, and what it would take to go one k further down.
+
+    Args and errors as in `choose`. The number of samples is what would do if the measured losses
+    and variances stayed as they are.
+
+    Example:
+        >>> from taildropout import Scree
+        >>> losses = torch.tensor([4.0, 2.0, 1.08, 1.0], dtype=torch.float64)
+        >>> s = Scree("1", [0, 1, 2, 3], losses, count=100, cov=0.1 * torch.eye(4).double())
+        >>> print(explain(s, tolerance=0.1))
+        k = 3 of 3: nothing smaller can be vouched for with 95% confidence from 100 samples.
+        k = 2 measures +8.0%, but may be up to +17.8% with the tolerance at +10.0%: about 2,400 samples would settle it, or a tolerance of 18%.
+    """
+    bounds = _upper_bounds(scree, tolerance, confidence)
+    chosen, full = _smallest(scree, bounds), float(scree.loss[-1])
+    i, n = scree.ks.index(chosen), scree.ks[-1]
+    samples = f"with {confidence:.0%} confidence from {scree.count:,} samples"
+    if chosen == n:
+        text = f"k = {n} of {n}: nothing smaller can be vouched for {samples}."
+    else:
+        rise = float(scree.loss[i]) - full
+        text = (
+            f"k = {chosen} of {n}: {_relative(rise, full)} against k = {n}, and at most "
+            f"{_relative(tolerance * abs(full), full)} {samples}."
+        )
+    if i == 0:
+        return text
+    excess, stderr = float(bounds.excess[i - 1]), float(bounds.stderr[i - 1])
+    margin = bounds.factor * stderr
+    measured = excess + tolerance * abs(full)
+    text += f"\nk = {scree.ks[i - 1]} measures {_relative(measured, full)}"
+    if excess < 0:
+        needed = _two_digits(scree.count * (margin / -excess) ** 2)
+        text += (
+            f", but may be up to {_relative(measured + margin, full)} with the tolerance at "
+            f"{_relative(tolerance * abs(full), full)}: about {needed:,} samples would settle it"
+        )
+    else:
+        text += ", more than the tolerance"
+    if full != 0:
+        text += f", or a tolerance of {math.ceil(100 * (measured + margin) / abs(full))}%"
+    return text + "."
+
+
+def _relative(difference: float, full: float) -> str:
+    return f"{difference:+.3g}" if full == 0 else f"{difference / abs(full):+.1%}"
+
+
+def _two_digits(number: float) -> int:
+    """Rounded up."""
+    unit: int = 10 ** max(0, math.floor(math.log10(max(number, 1))) - 1)
+    return int(math.ceil(number / unit) * unit)
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Of the contrasts d_k - tolerance * |L_n| for all k below the largest: `(len(ks) - 1,)`."""
+
+    excess: Tensor
+    stderr: Tensor
+    factor: float  # the bound is excess + factor * stderr
+
+
+def _upper_bounds(scree: "Scree", tolerance: float, confidence: float) -> _Bounds:
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     if not 0 < confidence < 1:
@@ -53,18 +124,20 @@ def choose(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) ->
     _check_finite(scree)
     if scree.count < 2:
         raise ValueError("choose needs at least two samples, to know how sure it can be, got one")
-    full = scree.loss[-1]
-    # Each row is the contrast d_k - tolerance * |L_n| for one k below n.
     below = len(scree.ks) - 1
     contrasts = torch.eye(below + 1, dtype=torch.float64)[:below]
-    contrasts[:, -1] = -1 - tolerance * full.sign()
-    excess = contrasts @ scree.loss
+    contrasts[:, -1] = -1 - tolerance * scree.loss[-1].sign()
     cov = contrasts @ scree.cov @ contrasts.T / scree.count
     stderr = cov.diagonal().clamp(min=0).sqrt()
-    bound = excess + _quantile_of_maximum(cov, stderr, scree.count - 1, confidence) * stderr
+    factor = _quantile_of_maximum(cov, stderr, scree.count - 1, confidence)
+    return _Bounds(contrasts @ scree.loss, stderr, factor)
+
+
+def _smallest(scree: "Scree", bounds: _Bounds) -> int:
+    upper = (bounds.excess + bounds.factor * bounds.stderr).tolist()
     smallest = scree.ks[-1]
-    for k, upper in zip(reversed(scree.ks[:-1]), reversed(bound.tolist()), strict=True):
-        if upper > 0:
+    for k, bound in zip(reversed(scree.ks[:-1]), reversed(upper), strict=True):
+        if not bound <= 0:
             break
         smallest = k
     return smallest

@@ -54,6 +54,13 @@ class Scree:
         """
         return choose.choose(self, tolerance, confidence)
 
+    def explain(self, tolerance: float = 0.01, confidence: float = 0.95) -> str:
+        """What `choose` answers and why, and what it would take to go further down.
+
+        See `taildropout.choose.explain`.
+        """
+        return choose.explain(self, tolerance, confidence)
+
     def one_standard_error(self) -> int:
         """The smallest k whose loss is within one standard error of the smallest loss.
 
