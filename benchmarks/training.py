@@ -22,7 +22,7 @@ from taildropout import TailDropout, TailMLP
 from taildropout.demo.data import DEBIAN_FOLDER, load_fashion_mnist
 
 HIDDEN, BATCH, P = 2048, 512, 0.5
-TARGETS = [0.85, 0.87, 0.88]
+TARGETS = [0.84, 0.85, 0.86]
 
 
 def labels(part: str) -> Tensor:
