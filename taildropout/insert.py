@@ -28,3 +28,8 @@ def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, tuple | list):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)

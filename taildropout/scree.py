@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from . import choose
 from .functional import check_k, check_k_at_most
-from .insert import Inputs, as_arguments, tail_dropouts
+from .insert import Inputs, call, tail_dropouts
 from .layers import TailDropout
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def scree(
             losses = []
             for k in chosen:
                 with swept.using_k(k):
-                    losses.append(per_sample_loss(_call(model, inputs), target))
+                    losses.append(per_sample_loss(call(model, inputs), target))
             moments.add(torch.stack(losses).double().cpu())
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
@@ -257,7 +257,7 @@ def _width(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> i
 
     handle = layer.register_forward_pre_hook(look)
     try:
-        _call(model, inputs)
+        call(model, inputs)
     finally:
         handle.remove()
     if len(set(widths)) != 1:
@@ -266,11 +266,6 @@ def _width(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> i
             f"got {widths or 'no call'}"
         )
     return widths[0]
-
-
-def _call(model: nn.Module, inputs: Inputs) -> Any:
-    args, kwargs = as_arguments(inputs)
-    return model(*args, **kwargs)
 
 
 def _pair(batch: Any) -> tuple[Inputs, Any]:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..files import written_whole
 from ..functional import check_k
-from ..insert import Inputs, as_arguments, tail_dropouts
+from ..insert import Inputs, call, tail_dropouts
 from .analysis import Cut, Fold, PruningError, analyse, structural_copy, tensors_by_name
 from .surgery import operate
 
@@ -323,8 +323,7 @@ def _cost(model: nn.Module, inputs: Inputs) -> Cost:
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs) -> Any:
     copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-    args, kwargs = as_arguments(copied)
-    return model(*args, **kwargs)
+    return call(model, copied)
 
 
 def _run_pruned(model: nn.Module, inputs: Inputs) -> Any:
