@@ -1,0 +1,324 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import taildropout as td
+from taildropout import Scree, TailDropout
+
+N = 5
+
+
+def model_of(n=N, *behind):
+    return nn.Sequential(nn.Linear(4, n), TailDropout(), *behind, nn.Linear(n, 3)).double()
+
+
+def batches(*sizes, target=lambda size: torch.randn(size, 3, dtype=torch.float64)):
+    return [(torch.randn(size, 4, dtype=torch.float64), target(size)) for size in sizes]
+
+
+def squared_error(output, target):
+    return (output - target).square().mean(1)
+
+
+def scree(model, loss, data, **options):
+    return td.scree(model, loss, data, progress=False, **options)
+
+
+@torch.no_grad()
+def by_hand(model, layer, ks, data, loss):
+    """Per-sample losses by a loop over k: `(len(ks), samples)`."""
+    model.eval()
+    rows = []
+    for k in ks:
+        with layer.using_k(k):
+            rows.append(np.concatenate([loss(model(x), y).numpy() for x, y in data]))
+    return np.array(rows)
+
+
+def assert_measures(result, losses):
+    assert result.count == losses.shape[1]
+    options = {"rtol": 1e-9, "atol": 1e-12}
+    assert_close(result.loss, torch.tensor(losses.mean(1)), **options)
+    assert_close(result.cov, torch.tensor(np.cov(losses)), **options)
+    assert_close(
+        result.stderr, torch.tensor(losses.std(1, ddof=1) / losses.shape[1] ** 0.5), **options
+    )
+
+
+@pytest.mark.parametrize("sizes", [(7,), (8, 8, 3), (1, 2, 1), (5, 0, 4)])
+def test_mean_covariance_and_count_are_those_of_a_loop_over_k(sizes):
+    model, data = model_of(N, nn.Tanh()), batches(*sizes)
+    result = scree(model, squared_error, data)
+    assert result.layer == "1"
+    assert result.ks == list(range(N + 1))
+    assert_measures(result, by_hand(model, model[1], result.ks, data, squared_error))
+
+
+@pytest.mark.parametrize("ks", [[3, 0, 5, 3], (5, 3, 0), {0, 3, 5}, torch.tensor([0, 3, 5])])
+def test_given_ks_are_measured_in_increasing_order(ks):
+    model, data = model_of(), batches(6)
+    result = scree(model, squared_error, data, ks=ks)
+    assert result.ks == [0, 3, 5]
+    assert_measures(result, by_hand(model, model[1], [0, 3, 5], data, squared_error))
+
+
+def test_all_ks_up_to_256():
+    assert scree(model_of(256), squared_error, batches(3)).ks == list(range(257))
+
+
+def test_about_128_geometrically_spaced_ks_beyond():
+    ks = scree(model_of(1000), squared_error, batches(2)).ks
+    assert ks[0] == 0
+    assert ks[-1] == 1000
+    assert ks == sorted(set(ks))
+    assert 80 <= len(ks) <= 130
+    steps = np.diff(np.log([k for k in ks if k >= 100]))
+    assert steps.max() < 2 * steps.min() + 0.01
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = model_of().double()
+
+    def forward(self, a, b):
+        return self.body(a * b)
+
+
+def test_inputs_may_be_a_tensor_a_tuple_or_a_dict():
+    model = Two()
+    pairs = [(torch.randn(6, 4).double(), torch.randn(6, 4).double()) for _ in range(2)]
+    target = torch.randn(6, 3).double()
+    expected = scree(model.body, squared_error, [(a * b, target) for a, b in pairs])
+    for inputs in (lambda a, b: (a, b), lambda a, b: {"b": b, "a": a}):
+        result = scree(model, squared_error, [(inputs(a, b), target) for a, b in pairs])
+        assert result.layer == "body.1"
+        assert_close(result.loss, expected.loss)
+
+
+def test_data_may_be_a_loader_or_a_generator():
+    model, data = model_of(), batches(4, 4, 2)
+    expected = scree(model, squared_error, data)
+    joined = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
+    for other in (iter(data), DataLoader(joined, batch_size=3)):
+        result = scree(model, squared_error, other)
+        assert_close(result.loss, expected.loss)
+        assert_close(result.cov, expected.cov)
+
+
+def test_of_several_layers_one_is_swept_and_the_others_keep_their_k():
+    model = nn.Sequential(
+        nn.Linear(4, N), TailDropout(), nn.Tanh(), nn.Linear(N, N), TailDropout(), nn.Linear(N, 3)
+    ).double()
+    data = batches(6)
+    model.eval()
+    model[1].set_k(2)
+    model[4].set_k(3)
+    result = scree(model, squared_error, data, layer="4")
+    assert (model[1].k, model[4].k) == (2, 3)
+    model[4].set_k(None)
+    rows = []
+    for k in range(N + 1):
+        with model[4].using_k(k), torch.no_grad():
+            rows.append(torch.cat([squared_error(model(x), y) for x, y in data]))
+    assert_close(result.loss, torch.stack(rows).mean(1))
+
+
+class Tagger(nn.Module):
+    """Outputs of a GRU, (time, batch, features), read at the last time."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(2, N)
+        self.dropout = TailDropout(batch_dim=1)
+        self.head = nn.Linear(N, 3)
+
+    def forward(self, x):  # (batch, 8)
+        return self.head(self.dropout(self.gru(x.view(len(x), 4, 2).transpose(0, 1))[0]))[-1]
+
+
+def test_a_layer_whose_batch_dim_is_not_the_first():
+    model = Tagger().double()
+    data = [(torch.randn(6, 8).double(), torch.randn(6, 3).double()) for _ in range(2)]
+    result = scree(model, squared_error, data)
+    assert_measures(result, by_hand(model, model.dropout, result.ks, data, squared_error))
+
+
+def classes(size):
+    return torch.randint(3, (size,))
+
+
+LOSSES = [
+    (nn.MSELoss, lambda size: torch.randn(size, 3).double(), squared_error),
+    (
+        nn.SmoothL1Loss,
+        lambda size: torch.randn(size, 3).double(),
+        lambda o, t: nn.functional.smooth_l1_loss(o, t, reduction="none").mean(1),
+    ),
+    (
+        nn.BCEWithLogitsLoss,
+        lambda size: torch.rand(size, 3).double(),
+        lambda o, t: nn.functional.binary_cross_entropy_with_logits(o, t, reduction="none").mean(1),
+    ),
+    (nn.CrossEntropyLoss, classes, lambda o, t: -o.log_softmax(1).gather(1, t[:, None])[:, 0]),
+    (nn.NLLLoss, classes, lambda o, t: -o.gather(1, t[:, None])[:, 0]),
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("module", "target", "by_sample"), LOSSES)
+def test_loss_modules_give_the_mean_of_each_sample(module, target, by_sample, reduction):
+    model, data = model_of(), batches(5, 4, target=target)
+    loss = module(reduction=reduction)
+    result = scree(model, loss, data)
+    assert loss.reduction == reduction
+    assert_measures(result, by_hand(model, model[1], result.ks, data, by_sample))
+
+
+def test_cross_entropy_per_pixel_is_averaged_over_the_pixels():
+    model = nn.Sequential(nn.Conv2d(2, N, 1), TailDropout(dropout_dim=1), nn.Conv2d(N, 3, 1))
+    x, y = torch.randn(4, 2, 6, 6), torch.randint(3, (4, 6, 6))
+    result = scree(model, nn.CrossEntropyLoss(), [(x, y)])
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model.eval()(x), y)
+    assert_close(result.loss[-1], expected.double())
+
+
+REFUSED_LOSSES = [
+    (nn.CrossEntropyLoss(weight=torch.ones(3)), ValueError, "CrossEntropyLoss with class weights"),
+    (nn.NLLLoss(weight=torch.ones(3)), ValueError, "NLLLoss with class weights"),
+    (nn.CrossEntropyLoss(ignore_index=1), ValueError, r"ignored targets \(1\)"),
+    (nn.functional.cross_entropy, TypeError, r"one value per sample.*got shape \(\).*reduction"),
+    (lambda o, t: 1.0, TypeError, "one value per sample.*got 1.0"),
+    (lambda o, t: o, TypeError, r"one value per sample.*got shape \(6, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("loss", "error", "words"), REFUSED_LOSSES)
+def test_losses_that_are_not_per_sample_are_refused(loss, error, words):
+    data = [(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))]
+    with pytest.raises(error, match=words):
+        scree(model_of().float(), loss, data)
+
+
+TWO_LAYERS = nn.Sequential(TailDropout(), nn.Linear(4, 3), TailDropout())
+NOT_CALLED = nn.Sequential(nn.Linear(4, 3))
+NOT_CALLED[0].unused = TailDropout()
+USED_UP = iter(())
+DATA = [(torch.randn(6, 4), torch.randn(6, 3))]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "error", "words"),
+    [
+        (nn.Linear(4, 3), DATA, {}, ValueError, "must contain a TailDropout layer"),
+        (TWO_LAYERS, DATA, {}, ValueError, r"one of the model's .* \['0', '2'\], got None"),
+        (TWO_LAYERS, DATA, {"layer": "1"}, ValueError, r"\['0', '2'\], got '1'"),
+        (NOT_CALLED, DATA, {}, ValueError, "'0.unused' must be called .* got no call"),
+        (model_of().float(), [], {}, ValueError, "must yield at least one sample"),
+        (model_of().float(), USED_UP, {}, ValueError, "a used-up generator"),
+        (model_of().float(), DATA, {"ks": [6]}, ValueError, "at most the number of features n=5"),
+        (model_of().float(), DATA, {"ks": [-1]}, ValueError, r"each at least 0, got \[-1\]"),
+        (model_of().float(), DATA, {"ks": []}, ValueError, "ks must be at least one k"),
+        (model_of().float(), DATA, {"ks": [1.5]}, TypeError, "k must be an integer"),
+        (model_of().float(), [DATA[0][0]], {}, ValueError, "must yield pairs .* got Tensor"),
+    ],
+)
+def test_bad_arguments_are_refused(model, data, options, error, words):
+    with pytest.raises(error, match=words):
+        scree(model, squared_error, data, **options)
+
+
+def state(model):
+    return {
+        "modes": [module.training for module in model.modules()],
+        "ks": [layer.k for layer in td.tail_dropouts(model).values()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "forwards": ["forward" in vars(module) for module in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+        "tensors": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+def in_a_peculiar_state():
+    model = nn.Sequential(
+        nn.Linear(4, N),
+        TailDropout(),
+        nn.BatchNorm1d(N),
+        nn.Dropout(),
+        TailDropout(),
+        nn.Linear(N, 3),
+    )
+    model[2].eval()
+    model[1].set_k(2)
+    model[4].training = False
+    model[4].set_k(torch.tensor(4))
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(3)
+    model[5].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("after", [0, 1, 9])
+def test_the_model_is_afterwards_as_it_was(error, after):
+    model = in_a_peculiar_state()
+    before = state(model)
+    calls = []
+
+    def loss(output, target):
+        calls.append(len(output))
+        torch.rand(3)
+        if error is not None and len(calls) > after:
+            raise error("stop")
+        return (output - target).square().mean(1)
+
+    def measure():
+        scree(model, loss, DATA * 9, layer="1")
+
+    if error is None:
+        measure()
+    else:
+        with pytest.raises(error, match="stop"):
+            measure()
+    assert state(model) == before
+
+
+def test_nothing_is_printed_without_progress(capsys):
+    scree(model_of(), squared_error, batches(3))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_shown_on_request(capsys):
+    td.scree(model_of(), squared_error, batches(3, 3))
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_one_sample_has_no_standard_error():
+    result = scree(model_of(), squared_error, batches(1))
+    assert result.count == 1
+    assert result.stderr.isnan().all()
+
+
+def test_the_result_survives_json():
+    result = scree(model_of(), squared_error, batches(7))
+    again = Scree.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert (again.layer, again.ks, again.count) == (result.layer, result.ks, result.count)
+    assert_close(again.loss, result.loss, rtol=0, atol=0)
+    assert_close(again.cov, result.cov, rtol=0, atol=0)
+
+
+def test_a_table_for_pandas():
+    result = scree(model_of(), squared_error, batches(7))
+    table = result.to_pandas()
+    assert table.index.name == "k"
+    assert table.index.tolist() == result.ks
+    assert table["loss"].tolist() == result.loss.tolist()
+    assert table["stderr"].tolist() == result.stderr.tolist()
