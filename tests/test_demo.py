@@ -58,6 +58,7 @@ DAMAGED = {
     "too long": (GOOD + b"0", "must hold 3 x 6 x 5 pixels, got 91 bytes"),
     "no images": (idx(images(0)), "must hold 0 x 6 x 5 pixels"),
     "empty": (b"", "must be an IDX file of images"),
+    "sizes cut off": (GOOD[:9], "must be an IDX file of images"),
 }
 
 
@@ -75,6 +76,15 @@ def test_a_truncated_gzip_file_cannot_be_read(tmp_path):
     path.write_bytes(gzip.compress(GOOD)[:-9])
     with pytest.raises(data.DataError, match="can't be read"):
         data.read_idx_images(path)
+
+
+def test_a_gzip_file_with_one_wrong_byte_is_refused(tmp_path):
+    path = tmp_path / "images.gz"
+    whole = gzip.compress(GOOD, mtime=0)
+    for i in range(10, len(whole)):  # behind the header, where a wrong time does no harm
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :])
+        with pytest.raises(data.DataError, match=re.escape(str(path))):
+            data.read_idx_images(path)
 
 
 def test_sizes_that_differ_are_refused(folder):
@@ -162,6 +172,21 @@ def test_the_same_seed_gives_the_same_scree(folder, tmp_path):
     assert losses(1) != losses(2)
 
 
+def test_a_width_above_the_number_of_pixels(folder, tmp_path):
+    """PCA has no more than 30 components: from there on it has nothing left to explain."""
+    options = f"--data-dir {folder} --width 33 --epochs 1 --out {tmp_path}"
+    main(f"demo --data fashion-mnist {options}".split())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["scree"]["ks"]) == len(results["pca"]) == 34
+    assert results["pca"][30:] == pytest.approx([0] * 4, abs=1e-12)
+
+
+def test_fewer_held_out_images_than_are_shown(folder, tmp_path):
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images(3))))
+    main(f"demo --data fashion-mnist --data-dir {folder} --epochs 1 --out {tmp_path}".split())
+    assert json.loads((tmp_path / "results.json").read_text())["scree"]["count"] == 3
+
+
 def run(*arguments, cwd):
     return subprocess.run(
         [sys.executable, "-m", "taildropout", *arguments],
@@ -189,6 +214,7 @@ def test_the_digits_as_a_command(tmp_path):
         ("", "required: command"),
         ("demo --data fashion-mnist --data-dir missing", "Fashion-MNIST is not in missing"),
         ("demo --out file --epochs 1 --width 2", "file"),
+        ("demo --epochs 1 --width 2 --seed 99999999999999999999", "seed"),
     ],
 )
 def test_bad_arguments_end_with_a_message(tmp_path, arguments, words):
