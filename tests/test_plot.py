@@ -56,6 +56,28 @@ def test_the_chosen_k_and_the_tolerance_are_marked():
     assert texts(ax) == ["mine", "50% above k = 3", "chosen: k = 1"]
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "words"), [(0, "0%"), (0.005, "0.5%"), (0.015, "1.5%"), (0.1, "10%"), (2, "200%")]
+)
+def test_the_legend_names_the_tolerance_exactly(tolerance, words):
+    _, ax = plot_scree(SCREE, tolerance=tolerance)
+    assert texts(ax) == [f"{words} above k = 3"]
+
+
+def test_the_tolerance_of_a_negative_loss_lies_above_it():
+    below_zero = td.Scree("1", SCREE.ks, SCREE.loss - 5, SCREE.count, SCREE.cov)  # -1, -3, -4
+    _, ax = plot_scree(below_zero, tolerance=0.5)
+    assert ax.lines[1].get_ydata() == [-2, -2]
+
+
+def test_several_curves_in_one_picture_have_their_own_names_and_colours():
+    _, ax = plot_scree(SCREE, label="first")
+    plot_scree(SCREE, label="second", ax=ax)
+    assert texts(ax) == ["first", "second"]
+    first, second = ax.lines
+    assert first.get_color() != second.get_color()
+
+
 def test_one_sample_has_no_band():
     once = td.Scree("1", [0, 1], SCREE.loss[:2], count=1, cov=torch.full((2, 2), float("nan")))
     _, ax = once.plot()
