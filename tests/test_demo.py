@@ -152,6 +152,9 @@ def test_the_whole_path(folder, tmp_path, capsys):
         assert int(row[4].replace(",", "")) == results["parameters"][i]
         assert ("chosen" in row[5]) == (i == k)
 
+    assert f"chosen: k = {k}," in printed
+    assert f"at k = {k}: {results['largest_difference']:.1e}\n" in printed
+
     saved = load_file(out / "model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == results["parameters_after"]
     assert results["parameters_after"] == results["parameters"][k]
@@ -200,7 +203,15 @@ def run(*arguments, cwd):
 def test_the_digits_as_a_command(tmp_path):
     result = run("demo", "--epochs", "2", "--width", "4", cwd=tmp_path)
     assert result.returncode == 0
-    assert (tmp_path / "taildropout-demo" / "results.json").is_file()
+    results = json.loads((tmp_path / "taildropout-demo" / "results.json").read_text())
+    assert (results["data"], results["epochs"], results["width"]) == ("digits", 2, 4)
+    scree = td.Scree.from_dict(results["scree"])
+    assert scree.count == 397
+    digits = data.load_digits()
+    assert results["pca"] == pytest.approx(pca_errors(digits.train, digits.test, [0, 1, 2, 3, 4]))
+    assert results["chosen_k"] == scree.choose(TOLERANCE)
+    assert results["largest_difference"] < 1e-5
+    assert results["reloaded_equal"] is True
     assert "100%" in result.stderr  # the progress bar
 
 
@@ -213,7 +224,7 @@ def test_the_digits_as_a_command(tmp_path):
         ("demo --width many", "invalid .* value: 'many'"),
         ("", "required: command"),
         ("demo --data fashion-mnist --data-dir missing", "Fashion-MNIST is not in missing"),
-        ("demo --out file --epochs 1 --width 2", "file"),
+        ("demo --out file --epochs 1 --width 2", "taildropout demo: .*'file'"),
         ("demo --epochs 1 --width 2 --seed 99999999999999999999", "seed"),
     ],
 )
