@@ -198,6 +198,70 @@ def test_a_layer_whose_batch_dim_is_not_the_first():
     assert_measures(result, by_hand(model, model.dropout, result.ks, data, squared_error))
 
 
+class Around(nn.Module):
+    """A network in which something passes the layer by, or the samples are not independent."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.into, self.dropout, self.out = nn.Linear(4, 4), TailDropout(), nn.Linear(4, 3)
+        self.way = way
+
+    def forward(self, x):
+        return getattr(self, self.way)(x, self.into(x))
+
+    def skip(self, x, h):
+        return self.out(x + self.dropout(h))
+
+    def gate(self, x, h):
+        return self.out(self.dropout(h)) * x.sum(1, keepdim=True)
+
+    def twice(self, x, h):
+        return self.out(self.dropout(self.into(self.dropout(h))))
+
+    def read_twice(self, x, h):
+        h = self.dropout(h)
+        return self.out(h) + self.out(h.exp())
+
+    def across_the_batch(self, x, h):
+        h = self.dropout(h)
+        return self.out(h - h.mean(0))
+
+    def reshaped(self, x, h):
+        return self.out(self.dropout(h).view(len(x), 4))
+
+
+@pytest.mark.parametrize("sizes", [(6, 3), (1, 6), (0, 6), (6, 1)], ids=str)
+@pytest.mark.parametrize(
+    "way", ["skip", "gate", "twice", "read_twice", "across_the_batch", "reshaped"]
+)
+def test_networks_that_let_something_pass_the_layer_by(way, sizes):
+    model, data = Around(way).double(), batches(*sizes)
+    result = scree(model, squared_error, data)
+    assert_measures(result, by_hand(model, model.dropout, result.ks, data, squared_error))
+
+
+class Regressor(Tagger):
+    """One number per sequence, or one for each of its four times: `(batch, 1)` or `(batch, 4)`."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x):
+        outputs = self.gru(x.view(len(x), 4, 2).transpose(0, 1))[0]
+        return self.head(self.dropout(outputs))[-self.times :, :, 0].T
+
+
+@pytest.mark.parametrize("times", [1, 4])
+@pytest.mark.parametrize("sizes", [(6, 1), (6, 4), (1, 6), (4, 6)], ids=str)
+def test_batches_as_large_as_another_dim(sizes, times):
+    """Nothing takes the times of a target for its samples."""
+    model = Regressor(times).double()
+    data = [(torch.randn(size, 8).double(), torch.randn(size, times).double()) for size in sizes]
+    result = scree(model, squared_error, data)
+    assert_measures(result, by_hand(model, model.dropout, result.ks, data, squared_error))
+
+
 class CallsByKeyword(nn.Module):
     def __init__(self):
         super().__init__()
