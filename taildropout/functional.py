@@ -70,27 +70,59 @@ def tail_dropout(
     Source: nested dropout, Rippel, Gelbart and Adams (2014), arXiv 1402.0915, with the censored
     exponential lengths of TailDropout, Egil Martinsson (2018).
     """
-    if isinstance(p, Tensor) and not torch.compiler.is_compiling():
-        p = p.item()
-    if lengths is None:
-        lengths = Exponential(p)  # type: ignore[arg-type]  # a tensor while compiling
     if not training:
+        _lengths(lengths, p)  # checks p
         return input
+    output, _ = tail_dropout_with_k(
+        input,
+        p,
+        batch_dim,
+        dropout_dim,
+        lengths=lengths,
+        stratified=stratified,
+        inplace=inplace,
+        generator=generator,
+    )
+    return output
+
+
+def tail_dropout_with_k(
+    input: Tensor,
+    p: float | Tensor,
+    batch_dim: int | Sequence[int],
+    dropout_dim: int,
+    *,
+    lengths: Lengths | None,
+    stratified: bool,
+    inplace: bool,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tail_dropout` in training, and the k that it drew: one per index of the batch dims."""
+    lengths = _lengths(lengths, p)
     if not (input.is_floating_point() or input.is_complex()):
         raise TypeError(
             "tail dropout in training needs a floating-point or complex input, got "
             f"{input.dtype}: convert it, call eval(), or fix k with set_k(k)"
         )
     batch_dims, dim = resolve_dims(input, batch_dim, dropout_dim)
+    samples = [input.shape[d] for d in batch_dims]
     k = draw(
         lengths,
         input.shape[dim],
-        math.prod([input.shape[d] for d in batch_dims]),
+        math.prod(samples),
         stratified=stratified,
         device=input.device,
         generator=generator,
-    )
-    return _keep_prefix(input, _spread(k, input, batch_dims), dim, inplace)
+    ).view(samples)
+    return _keep_prefix(input, _spread(k, input, batch_dims), dim, inplace), k
+
+
+def _lengths(lengths: Lengths | None, p: float | Tensor) -> Lengths:
+    if lengths is not None:
+        return lengths
+    if isinstance(p, Tensor) and not torch.compiler.is_compiling():
+        p = p.item()
+    return Exponential(p)  # type: ignore[arg-type]  # a tensor while compiling
 
 
 def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool = False) -> Tensor:
@@ -151,7 +183,6 @@ def keep_prefix_of_samples(
                 f"k must have one entry for each index of batch_dim={batch_dim}, shape {samples}, "
                 f"got shape {tuple(k.shape)} for an input of shape {tuple(input.shape)}"
             )
-        k = k.permute(sorted(range(k.ndim), key=lambda i: batch_dims[i]))
         k = _spread(k, input, batch_dims)
     if not torch.compiler.is_compiling():
         check_k_at_most(largest_k, input.shape[dim])
@@ -209,14 +240,46 @@ def tail_mlp(
         >>> tail_mlp(torch.randn(32, 8), weight1, None, weight2, None, p=0.8).shape
         torch.Size([32, 2])
     """
-    lengths = Exponential(p) if lengths is None else lengths
     if not training:
+        _lengths(lengths, p)  # checks p
         return linear(activation(linear(input, weight1, bias1)), weight2, bias2)
+    output, _ = tail_mlp_with_k(
+        input,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        p,
+        batch_dim,
+        activation=activation,
+        lengths=lengths,
+        blocks=blocks,
+        generator=generator,
+    )
+    return output
+
+
+def tail_mlp_with_k(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    p: float,
+    batch_dim: int | Sequence[int],
+    *,
+    activation: Callable[[Tensor], Tensor],
+    lengths: Lengths | None,
+    blocks: int | None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tail_mlp` in training, and the k that it drew: one per index of the batch dims."""
+    lengths = _lengths(lengths, p)
     n = len(weight1)
     blocks = min(max(n // 256, 1), 16) if blocks is None else blocks
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
-    batch_dims = tuple(sorted(resolve_dims(input, batch_dim, -1)[0]))
+    batch_dims, _ = resolve_dims(input, batch_dim, -1)
     leading = tuple(range(len(batch_dims)))
     rows = input.movedim(batch_dims, leading)
     samples = rows.shape[: len(batch_dims)]
@@ -253,7 +316,7 @@ def tail_mlp(
     output = permute(sum_of_rows(tuple(parts), count), position, order)
     output = output if bias2 is None else output + bias2.to(output.dtype)
     output = output.unflatten(0, samples) if batch_dims else output[0]
-    return output.movedim(leading, batch_dims)
+    return output.movedim(leading, batch_dims), k.gather(0, position).view(samples)
 
 
 def prefix_linear(
@@ -366,7 +429,9 @@ def expected_mse(
 
 
 def _spread(k: Tensor, input: Tensor, batch_dims: tuple[int, ...]) -> Tensor:
-    """k with the input's number of dims: its size along the batch dims, 1 along the others."""
+    """k, indexed by the batch dims in their order, with the input's number of dims."""
+    if len(batch_dims) > 1:
+        k = k.permute(sorted(range(k.ndim), key=lambda i: batch_dims[i]))
     shape = [1] * input.ndim
     for d in batch_dims:
         shape[d] = input.shape[d]

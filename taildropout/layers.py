@@ -54,6 +54,9 @@ class TailDropout(nn.Module):
                 [1., 1., 1., 0.]])
     """
 
+    drawn_k: Tensor | None = None
+    """The k that was drawn last in training: one for each index of `batch_dim`."""
+
     def __init__(
         self,
         p: float = 0.5,
@@ -148,15 +151,19 @@ class TailDropout(nn.Module):
             )
         if not self.training:
             return input
-        return F.tail_dropout(
+        output, self.drawn_k = F.tail_dropout_with_k(
             input,
             self._p_tensor if compiled else self._p,
-            batch_dim=self.batch_dim,
-            dropout_dim=self.dropout_dim,
+            self.batch_dim,
+            self.dropout_dim,
             lengths=self.lengths,
             stratified=self.stratified,
             inplace=self.inplace,
         )
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "drawn_k"}
 
     def train(self, mode: bool = True) -> "TailDropout":
         """As in `nn.Module`; clears k."""
@@ -311,18 +318,19 @@ class TailMLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and self.dropout._k_tensor is None:
-            return F.tail_mlp(
+            drawn, self.dropout.drawn_k = F.tail_mlp_with_k(
                 input,
                 self.fc1.weight,
                 self.fc1.bias,
                 self.fc2.weight,
                 self.fc2.bias,
                 self.dropout.p,
-                batch_dim=self.dropout.batch_dim,
+                self.dropout.batch_dim,
                 activation=self.activation,
                 lengths=self.dropout.lengths,
                 blocks=self.blocks,
             )
+            return drawn
         # The compiler would specialise on k: it masks instead.
         if not torch.compiler.is_compiling() and isinstance(k := self.dropout.k, int):
             F.check_k_at_most(k, self.fc1.out_features)

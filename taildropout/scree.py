@@ -1,17 +1,20 @@
 """Measuring loss(k): how much each further feature is worth, on held-out data."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from . import choose
+from .fanout import FanOut, FanOutError
 from .functional import check_k, check_k_at_most
 from .insert import Inputs, call, tail_dropouts
 from .layers import TailDropout
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Loss = nn.Module | Callable[[Any, Any], Tensor]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,11 +133,21 @@ def scree(
     ks: Iterable[int] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    memory: int = 2**30,
 ) -> Scree:
     """Measure the loss for each prefix length k of one TailDropout layer.
 
     The model is run in eval mode without gradients, and comes back in the state that it was in:
     modes, ks, and the state of torch's random generator, also after an exception or Ctrl-C.
+
+    The part of the model before the layer runs once for many ks: the layer fans its input out to
+    a chunk of the ks along the batch dim, and the rest of the model sees one larger batch. Where
+    a single `nn.Linear` reads the layer, its outputs for all ks are one running sum. On the first
+    batch this is checked against plain runs with `set_k`; where it does not agree (a skip
+    connection around the layer, say), all ks are run one by one, and the log says why.
+
+    Under `torch.distributed` each process passes its own share of the data, all must take part,
+    and all get the same result.
 
     Args:
         model: a model with a TailDropout layer. Other TailDropout layers keep the k that is
@@ -148,6 +162,7 @@ def scree(
             sizes spaced geometrically. The largest is what `choose` compares with, so include n.
         device: where the batches are moved to. None: the device of the model's parameters.
         progress: show a progress bar.
+        memory: bytes that the activations of a chunk of ks may take, about.
 
     Raises:
         ValueError: no TailDropout layer, several and none named, a layer that the model does not
@@ -169,8 +184,17 @@ def scree(
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
     moments: _Moments | None = None
+    fan_out: FanOut | None = None
     total = len(data) if isinstance(data, Sized) else None
     with _as_it_was(model, swept), torch.no_grad():
+
+        def one_by_one(inputs: Inputs, target: Any, ks: list[int]) -> Tensor:  # (len(ks), batch)
+            losses = []
+            for k in ks:
+                with swept.using_k(k):
+                    losses.append(per_sample_loss(call(model, inputs), target))
+            return torch.stack(losses).double().cpu()
+
         for batch in tqdm(data, desc="scree", total=total, disable=not progress):
             inputs, target = _to_device(_pair(batch), device)
             if moments is None or chosen is None:
@@ -178,11 +202,17 @@ def scree(
                 chosen = _default_ks(n) if chosen is None else chosen
                 check_k_at_most(chosen[-1], n)
                 moments = _Moments(len(chosen))
-            losses = []
-            for k in chosen:
-                with swept.using_k(k):
-                    losses.append(per_sample_loss(call(model, inputs), target))
-            moments.add(torch.stack(losses).double().cpu())
+                some = sorted({chosen[i * (len(chosen) - 1) // 3] for i in range(4)})
+                expected = one_by_one(inputs, target, some)
+                try:
+                    fan_out = FanOut(model, swept, per_sample_loss, inputs, memory)
+                    fan_out.check(inputs, target, some, expected)
+                except FanOutError as error:
+                    fan_out = None
+                    log.info("scree of layer %r runs each k by itself: %s", name, error)
+            measure = one_by_one if fan_out is None else fan_out.losses
+            moments.add(measure(inputs, target, chosen))
+    chosen, moments = _of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
     return Scree(name, chosen, moments.mean, moments.count, moments.covariance())
@@ -201,14 +231,17 @@ class _Moments:
         self.squares = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, vectors: Tensor) -> None:  # (size, batch)
-        count = vectors.shape[1]
+        if vectors.shape[1] > 0:
+            mean = vectors.mean(1)
+            centred = vectors - mean[:, None]
+            self.merge(vectors.shape[1], mean, centred @ centred.T)
+
+    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         if count == 0:
             return
-        mean = vectors.mean(1)
-        centred = vectors - mean[:, None]
         shift = mean - self.mean
         total = self.count + count
-        self.squares += centred @ centred.T + shift.outer(shift) * (self.count * count / total)
+        self.squares += squares + shift.outer(shift) * (self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
 
@@ -216,6 +249,27 @@ class _Moments:
         """NaN for one sample, which has none."""
         divisor = self.count - 1 if self.count > 1 else float("nan")
         return self.squares / divisor
+
+
+def _of_all_processes(
+    ks: list[int] | None, moments: _Moments | None
+) -> tuple[list[int] | None, _Moments | None]:
+    """The moments of all processes' data together, the same in each; alone, what is given."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ks, moments
+    mine = None if moments is None else (ks, moments.count, moments.mean, moments.squares)
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    shares = [share for share in shares if share is not None]
+    if not shares:
+        return None, None
+    measured: list[int] = shares[0][0]
+    if any(share[0] != measured for share in shares):
+        raise ValueError("all processes must measure the same ks of the same layer")
+    together = _Moments(len(measured))
+    for _, count, mean, squares in shares:
+        together.merge(count, mean, squares)
+    return measured, together
 
 
 def _find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
@@ -252,10 +306,10 @@ def _width(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> i
     """n of the layer, by running the model once."""
     widths: list[int] = []
 
-    def look(module: TailDropout, args: tuple[Tensor, ...]) -> None:
-        widths.append(args[0].shape[module.dropout_dim])
+    def look(module: TailDropout, args: Any, output: Tensor) -> None:
+        widths.append(output.shape[module.dropout_dim])
 
-    handle = layer.register_forward_pre_hook(look)
+    handle = layer.register_forward_hook(look)
     try:
         call(model, inputs)
     finally:

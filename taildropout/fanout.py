@@ -1,0 +1,171 @@
+"""A network's losses for many ks of one layer, in one run for all of them.
+
+In eval mode the layer passes its input on. Here it fans it out: its output has K copies of the
+batch, one after the other along the batch dim, the i-th cut to the i-th k, and what comes behind
+sees one batch that is K times as large. Where one `nn.Linear` reads the layer, the fan-out takes
+place behind it, from `prefix_linear`.
+
+Not every network treats its samples one by one, and some hand things past the layer whose batch
+stays small. So `FanOut` is only to be trusted after `check`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .functional import keep_prefix, prefix_linear
+from .insert import Inputs, call
+from .layers import TailDropout
+
+PerSampleLoss = Callable[[Any, Any], Tensor]
+
+
+class FanOutError(RuntimeError):
+    """The network can't be run for many ks at once; the message says why."""
+
+
+class FanOut:
+    """Runs `model` for chunks of ks of `layer`, as large as `memory` allows, about, in bytes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: TailDropout,
+        loss: PerSampleLoss,
+        inputs: Inputs,
+        memory: int,
+    ) -> None:
+        self.model, self.layer, self.loss, self.memory = model, layer, loss, memory
+        dims = layer.batch_dim if isinstance(layer.batch_dim, tuple) else (layer.batch_dim,)
+        self.batch_dim = dims[0] if dims else 0
+        self.linear: nn.Linear | None = None
+        self._look(inputs)
+
+    def check(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
+        """Compare with the losses of plain runs, `(len(ks), batch)`.
+
+        Raises:
+            FanOutError: they differ, or the network can't run.
+        """
+        try:
+            self._compare(self.losses(inputs, target, ks), expected)
+        except Exception as error:
+            if self.linear is None:
+                raise FanOutError(str(error)) from error
+            self.linear = None  # something else reads the layer too: fan out in front of it
+            self.check(inputs, target, ks, expected)
+
+    def losses(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
+        """Per-sample losses in float64, `(len(ks), batch)`, on the CPU."""
+        target_bytes = sum(leaf.nbytes for leaf in tree_leaves(target) if isinstance(leaf, Tensor))
+        chunk = max(1, self.memory // max(1, 2 * self.bytes_per_k + target_bytes))
+        chunks = [ks[start : start + chunk] for start in range(0, len(ks), chunk)]
+        return torch.cat([self._losses_at_once(inputs, target, some) for some in chunks])
+
+    def _losses_at_once(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
+        with self._fanned_out(ks):
+            output = call(self.model, inputs)
+        values = self.loss(output, tree_map(lambda value: self._repeated(value, len(ks)), target))
+        if len(values) != len(ks) * self.batch:
+            raise FanOutError(
+                f"the loss gave {len(values)} values for {len(ks)} ks of {self.batch} samples"
+            )
+        return values.view(len(ks), self.batch).double().cpu()
+
+    @contextmanager
+    def _fanned_out(self, ks: list[int]) -> Iterator[None]:
+        passed: list[Tensor] = []
+
+        def pass_on(module: TailDropout, args: Any, output: Tensor) -> Tensor:
+            self.batch = output.shape[self.batch_dim]
+            passed[:] = [output.view_as(output)]  # recognised by the Linear that reads it
+            return passed[0]
+
+        def fan_out(module: TailDropout, args: Any, output: Tensor) -> Tensor:
+            self.batch = output.shape[self.batch_dim]
+            dim, features = (range(output.ndim)[d] for d in (self.batch_dim, module.dropout_dim))
+            copies = output.unsqueeze(dim)  # (..., 1, batch, ...)
+            copies = copies.expand(*copies.shape[:dim], len(ks), *copies.shape[dim + 1 :])
+            k = torch.tensor(ks, device=output.device)
+            k = k.view([len(ks) if d == dim else 1 for d in range(copies.ndim)])
+            return keep_prefix(copies, k, features + (features >= dim)).flatten(dim, dim + 1)
+
+        def fan_out_prefixes(module: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
+            if not args or args[0] is not passed[0]:
+                return None
+            outputs = prefix_linear(args[0], module.weight, module.bias, ks)  # (K, ..., out)
+            dim = range(output.ndim)[self.batch_dim]
+            return outputs.movedim(0, dim).flatten(dim, dim + 1)
+
+        if self.linear is None:
+            handles = [self.layer.register_forward_hook(fan_out)]
+        else:
+            handles = [
+                self.layer.register_forward_hook(pass_on),
+                self.linear.register_forward_hook(fan_out_prefixes),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, inputs: Inputs) -> None:
+        """Which Linear reads the layer, and how large what comes behind the layer is."""
+        readers: list[nn.Module] = []
+        passed: list[Tensor] = []
+        self.bytes_per_k = 0
+
+        def mark(module: TailDropout, args: Any, output: Tensor) -> Tensor:
+            self.batch, self.dtype = output.shape[self.batch_dim], output.dtype
+            passed.append(output.view_as(output))
+            return passed[-1]
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if passed:
+                if args and args[0] is passed[-1]:
+                    readers.append(module)
+                outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                self.bytes_per_k += sum(tensor.nbytes for tensor in outputs)
+
+        leaves = [
+            module
+            for module in self.model.modules()
+            if module is not self.layer and not list(module.children())
+        ]
+        handles = [self.layer.register_forward_hook(mark)]
+        handles += [module.register_forward_hook(look) for module in leaves]
+        try:
+            call(self.model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        last = self.layer.dropout_dim in (-1, passed[-1].ndim - 1)
+        if len(readers) == 1 and type(readers[0]) is nn.Linear and len(passed) == 1 and last:
+            self.linear = readers[0]
+        self.bytes_per_k += passed[-1].nbytes
+
+    def _repeated(self, value: Any, times: int) -> Any:
+        """A target for `times` copies of the batch."""
+        if not isinstance(value, Tensor):
+            return value
+        for dim in (self.batch_dim, 0):
+            if -value.ndim <= dim < value.ndim and value.shape[dim] == self.batch:
+                return torch.cat([value] * times, dim)
+        raise FanOutError(
+            f"a target of shape {tuple(value.shape)} has no dim for {self.batch} samples"
+        )
+
+    def _compare(self, actual: Tensor, expected: Tensor) -> None:
+        precise = self.dtype in (torch.float32, torch.float64)
+        rtol = 1e-4 if precise else 0.05
+        atol = 0.1 * rtol * float(expected.nan_to_num(posinf=0, neginf=0).abs().mean())
+        if not torch.allclose(actual, expected, rtol, atol, equal_nan=True):
+            difference = float((actual - expected).abs().max())
+            raise FanOutError(
+                f"the losses differ by up to {difference:.3g} from those of runs with set_k"
+            )
