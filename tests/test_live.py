@@ -1,0 +1,120 @@
+"""LiveScree against numpy on the list of all losses."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import taildropout as td
+from taildropout import LiveScree, TailDropout, TailMLP
+
+N = 4
+
+
+def simulate(live, layer, sizes):
+    """Updates with random losses; the ks, losses and update numbers as flat arrays."""
+    ks, losses, updates = [], [], []
+    for update, size in enumerate(sizes):
+        layer(torch.ones(size, N))
+        loss = torch.randn(size, dtype=torch.float64) + 10 * layer.drawn_k
+        live.update(loss)
+        ks.append(layer.drawn_k.numpy())
+        losses.append(loss.numpy())
+        updates.append(np.full(size, update))
+    return np.concatenate(ks), np.concatenate(losses), np.concatenate(updates)
+
+
+@pytest.mark.parametrize("sizes", [(50,), (30, 1, 40, 0, 7), (5,) * 40])
+def test_mean_and_standard_error_of_each_k(sizes):
+    layer = TailDropout()
+    live = LiveScree(layer)
+    ks, losses, _ = simulate(live, layer, sizes)
+    result = live.result()
+    assert result.ks == sorted(set(ks.tolist()))
+    assert result.count == sum(sizes)
+    for k, mean, stderr in zip(result.ks, result.loss, result.stderr, strict=True):
+        of_k = losses[ks == k]
+        assert mean.item() == pytest.approx(of_k.mean())
+        assert stderr.item() == pytest.approx(of_k.std(ddof=1) / len(of_k) ** 0.5)
+
+
+def test_with_a_half_life_old_losses_fade():
+    layer = TailDropout()
+    live = LiveScree(layer, half_life=3)
+    ks, losses, updates = simulate(live, layer, (40,) * 10)
+    weights = 0.5 ** ((9 - updates) / 3)
+    result = live.result()
+    for k, mean, stderr in zip(result.ks, result.loss, result.stderr, strict=True):
+        w, y = weights[ks == k], losses[ks == k]
+        expected = np.average(y, weights=w)
+        variance = (w * (y - expected) ** 2).sum() / (w.sum() - (w**2).sum() / w.sum())
+        assert mean.item() == pytest.approx(expected)
+        assert stderr.item() == pytest.approx((variance * (w**2).sum()) ** 0.5 / w.sum())
+
+
+def test_memory_does_not_grow():
+    layer = TailDropout()
+    live = LiveScree(layer)
+    simulate(live, layer, (100,) * 3)
+    before = live._bins.shape
+    simulate(live, layer, (100,) * 30)
+    assert live._bins.shape == before
+
+
+def test_it_agrees_with_scree_where_the_network_stands_still():
+    """A learning rate of 0, and k = n as often as everything else: within five standard errors."""
+    model = nn.Sequential(
+        nn.Linear(6, 8), TailDropout(lengths=td.lengths.Uniform(0)), nn.Linear(8, 1)
+    )
+    x, y = torch.randn(20_000, 6), torch.randn(20_000)
+    live = LiveScree(model[1])
+    with torch.no_grad():
+        for batch, target in zip(x.split(500), y.split(500), strict=True):
+            live.update((model(batch)[:, 0] - target).square())
+    exact = td.scree(model, lambda o, t: (o[:, 0] - t).square(), [(x, y)], progress=False)
+    actual = live.result()
+    assert actual.ks == exact.ks
+    assert ((actual.loss - exact.loss).abs() < 5 * actual.stderr).all()
+
+
+def test_a_tail_mlp_is_watched_by_its_dropout():
+    mlp = TailMLP(3, N)
+    live = LiveScree(mlp)
+    mlp(torch.randn(30, 3))
+    live.update(mlp.dropout.drawn_k.float())
+    result = live.result()
+    assert_close(result.loss, torch.tensor(result.ks).double())
+
+
+def test_one_k_per_token():
+    layer = TailDropout(batch_dim=(0, 1))
+    live = LiveScree(layer)
+    layer(torch.ones(5, 6, N))
+    live.update(layer.drawn_k.double())
+    assert live.result().count == 30
+    assert_close(live.result().loss, torch.tensor(live.result().ks).double())
+
+
+def test_a_k_that_occurred_once_has_no_standard_error():
+    layer = TailDropout()
+    live = LiveScree(layer)
+    layer(torch.ones(1, N))
+    live.update(torch.ones(1))
+    assert live.result().stderr.isnan().all()
+
+
+def test_what_cannot_be_taken_in_is_refused():
+    layer = TailDropout()
+    live = LiveScree(layer)
+    with pytest.raises(ValueError, match="there is no loss yet"):
+        live.result()
+    with pytest.raises(RuntimeError, match="must have drawn a k"):
+        live.update(torch.ones(3))
+    layer(torch.ones(3, N))
+    with pytest.raises(ValueError, match=r"shape \(3,\), got \(\)"):
+        live.update(torch.ones(()))
+    with pytest.raises(ValueError, match="must be finite"):
+        live.update(torch.tensor([1.0, float("nan"), 1.0]))
+    with pytest.raises(ValueError, match="half_life must be above 0 updates, got 0"):
+        LiveScree(layer, half_life=0)
