@@ -240,6 +240,15 @@ def test_networks_that_let_something_pass_the_layer_by(way, sizes):
     assert_measures(result, by_hand(model, model.dropout, result.ks, data, squared_error))
 
 
+@pytest.mark.parametrize("memory", [1, 7_000, 15_000, 30_000, 2**30])
+@pytest.mark.parametrize("way", ["skip", "across_the_batch"])
+def test_such_networks_where_memory_is_short_and_batches_differ(way, memory):
+    """However many ks fit at first, the next batch, smaller, has room for more."""
+    model, data = Around(way).double(), batches(64, 2)
+    result = scree(model, squared_error, data, memory=memory)
+    assert_measures(result, by_hand(model, model.dropout, result.ks, data, squared_error))
+
+
 class Regressor(Tagger):
     """One number per sequence, or one for each of its four times: `(batch, 1)` or `(batch, 4)`."""
 
