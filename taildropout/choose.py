@@ -64,37 +64,49 @@ def explain(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) -
         >>> s = Scree("1", [0, 1, 2, 3], losses, count=100, cov=0.1 * torch.eye(4).double())
         >>> print(explain(s, tolerance=0.1))
         k = 3 of 3: nothing smaller can be vouched for with 95% confidence from 100 samples.
-        k = 2 measures +8.0%, but may be up to +17.8% with the tolerance at +10.0%: about 2,400 samples would settle it, or a tolerance of 18%.
+        k = 2 measures +8.0%, but may be up to +17.8% where +10.0% is allowed: it would take about 2,400 samples or a tolerance of 19%.
     """
     bounds = _upper_bounds(scree, tolerance, confidence)
     chosen, full = _smallest(scree, bounds), float(scree.loss[-1])
     i, n = scree.ks.index(chosen), scree.ks[-1]
-    samples = f"with {confidence:.0%} confidence from {scree.count:,} samples"
+    samples = f"with {100 * confidence:.6g}% confidence from {scree.count:,} samples"
+    allowed = _relative(tolerance * abs(full), full)
     if chosen == n:
         text = f"k = {n} of {n}: nothing smaller can be vouched for {samples}."
     else:
-        rise = float(scree.loss[i]) - full
-        text = (
-            f"k = {chosen} of {n}: {_relative(rise, full)} against k = {n}, and at most "
-            f"{_relative(tolerance * abs(full), full)} {samples}."
-        )
+        rise = _relative(float(scree.loss[i]) - full, full)
+        text = f"k = {chosen} of {n}: {rise} against k = {n}, and at most {allowed} {samples}."
     if i == 0:
         return text
-    excess, stderr = float(bounds.excess[i - 1]), float(bounds.stderr[i - 1])
-    margin = bounds.factor * stderr
-    measured = excess + tolerance * abs(full)
+    excess, margin = float(bounds.excess[i - 1]), bounds.factor * float(bounds.stderr[i - 1])
+    measured = float(scree.loss[i - 1]) - full
     text += f"\nk = {scree.ks[i - 1]} measures {_relative(measured, full)}"
+    advice = []
     if excess < 0:
-        needed = _two_digits(scree.count * (margin / -excess) ** 2)
-        text += (
-            f", but may be up to {_relative(measured + margin, full)} with the tolerance at "
-            f"{_relative(tolerance * abs(full), full)}: about {needed:,} samples would settle it"
-        )
+        bound = _relative(measured + margin, full)
+        text += f", but may be up to {bound} where {allowed} is allowed"
+        needed = _two_digits(scree.count * (margin / excess) ** 2)
+        advice.append(f"about {needed:,} samples")
     else:
-        text += ", more than the tolerance"
-    if full != 0:
-        text += f", or a tolerance of {math.ceil(100 * (measured + margin) / abs(full))}%"
-    return text + "."
+        text += f", where {allowed} is allowed"
+    sufficient = _sufficient_tolerance(scree, confidence, measured, chosen)
+    if sufficient is not None:
+        advice.append(f"a tolerance of {sufficient}%")
+    return text + (f": it would take {' or '.join(advice)}." if advice else ".")
+
+
+def _sufficient_tolerance(
+    scree: "Scree", confidence: float, measured: float, chosen: int
+) -> int | None:
+    """The smallest whole percent at which a smaller k is chosen, up to three times the loss."""
+    full = abs(float(scree.loss[-1]))
+    if full == 0:
+        return None
+    for percent in range(max(math.ceil(100 * measured / full), 0), 301):
+        bounds = _upper_bounds(scree, percent / 100, confidence)
+        if _smallest(scree, bounds) < chosen:
+            return percent
+    return None
 
 
 def _relative(difference: float, full: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .functional import keep_prefix, prefix_linear
 from .insert import Inputs, call
@@ -32,44 +32,57 @@ class FanOut:
     """Runs `model` for chunks of ks of `layer`, as large as `memory` allows, about, in bytes."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: TailDropout,
-        loss: PerSampleLoss,
-        inputs: Inputs,
-        memory: int,
+        self, model: nn.Module, layer: TailDropout, loss: PerSampleLoss, memory: int
     ) -> None:
         self.model, self.layer, self.loss, self.memory = model, layer, loss, memory
         dims = layer.batch_dim if isinstance(layer.batch_dim, tuple) else (layer.batch_dim,)
         self.batch_dim = dims[0] if dims else 0
         self.linear: nn.Linear | None = None
-        self._look(inputs)
+        self.checked = False
 
     def check(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
         """Compare with the losses of plain runs, `(len(ks), batch)`.
 
+        A batch of one sample proves nothing, since it broadcasts: `checked` stays False.
+
         Raises:
             FanOutError: they differ, or the network can't run.
         """
+        self._look(inputs)
+        if self.batch < 2 or len(ks) < 2:
+            return
+        self.target_dims = [self._batch_dim_of(leaf) for leaf in _tensors(target)]
+        self.bytes_of_sample = (
+            2 * self.bytes_per_k + sum(leaf.nbytes for leaf in _tensors(target))
+        ) / self.batch
+        if self._chunk() < 2:
+            raise FanOutError(f"{self.memory} bytes of memory are too few for two ks at once")
         try:
-            self._compare(self.losses(inputs, target, ks), expected)
-        except Exception as error:
+            self._try(inputs, target, ks, expected)
+        except FanOutError:
             if self.linear is None:
-                raise FanOutError(str(error)) from error
+                raise
             self.linear = None  # something else reads the layer too: fan out in front of it
-            self.check(inputs, target, ks, expected)
+            self._try(inputs, target, ks, expected)
+        self.checked = True
 
     def losses(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
         """Per-sample losses in float64, `(len(ks), batch)`, on the CPU."""
-        target_bytes = sum(leaf.nbytes for leaf in tree_leaves(target) if isinstance(leaf, Tensor))
-        chunk = max(1, self.memory // max(1, 2 * self.bytes_per_k + target_bytes))
+        chunk = max(2, self._chunk())
         chunks = [ks[start : start + chunk] for start in range(0, len(ks), chunk)]
         return torch.cat([self._losses_at_once(inputs, target, some) for some in chunks])
+
+    def _chunk(self) -> int:
+        return int(self.memory / max(1.0, self.bytes_of_sample * self.batch))
 
     def _losses_at_once(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
         with self._fanned_out(ks):
             output = call(self.model, inputs)
-        values = self.loss(output, tree_map(lambda value: self._repeated(value, len(ks)), target))
+        dims = iter(self.target_dims)
+        values = self.loss(
+            output,
+            tree_map_only(Tensor, lambda leaf: torch.cat([leaf] * len(ks), next(dims)), target),
+        )
         if len(values) != len(ks) * self.batch:
             raise FanOutError(
                 f"the loss gave {len(values)} values for {len(ks)} ks of {self.batch} samples"
@@ -129,8 +142,7 @@ class FanOut:
             if passed:
                 if args and args[0] is passed[-1]:
                     readers.append(module)
-                outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                self.bytes_per_k += sum(tensor.nbytes for tensor in outputs)
+                self.bytes_per_k += sum(tensor.nbytes for tensor in _tensors(output))
 
         leaves = [
             module
@@ -149,18 +161,20 @@ class FanOut:
             self.linear = readers[0]
         self.bytes_per_k += passed[-1].nbytes
 
-    def _repeated(self, value: Any, times: int) -> Any:
-        """A target for `times` copies of the batch."""
-        if not isinstance(value, Tensor):
-            return value
-        for dim in (self.batch_dim, 0):
-            if -value.ndim <= dim < value.ndim and value.shape[dim] == self.batch:
-                return torch.cat([value] * times, dim)
-        raise FanOutError(
-            f"a target of shape {tuple(value.shape)} has no dim for {self.batch} samples"
-        )
+    def _batch_dim_of(self, target: Tensor) -> int:
+        """Where a target has its samples: as the layer has them, else first."""
+        shape = target.shape
+        if shape[self.batch_dim : self.batch_dim + 1] == (self.batch,):
+            return self.batch_dim
+        if shape[:1] == (self.batch,):
+            return 0
+        raise FanOutError(f"a target of shape {tuple(shape)} has no dim for {self.batch} samples")
 
-    def _compare(self, actual: Tensor, expected: Tensor) -> None:
+    def _try(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
+        try:
+            actual = self.losses(inputs, target, ks)
+        except Exception as error:  # whatever it is, the plain runs go through
+            raise FanOutError(str(error)) from error
         precise = self.dtype in (torch.float32, torch.float64)
         rtol = 1e-4 if precise else 0.05
         atol = 0.1 * rtol * float(expected.nan_to_num(posinf=0, neginf=0).abs().mean())
@@ -169,3 +183,7 @@ class FanOut:
             raise FanOutError(
                 f"the losses differ by up to {difference:.3g} from those of runs with set_k"
             )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -27,8 +27,11 @@ def plot_scree(
         ax: where to draw; None: into a new figure, which pyplot does not manage.
 
     Raises:
+        ValueError: `chosen` was not measured.
         ImportError: matplotlib is missing.
     """
+    if chosen is not None and chosen not in scree.ks:
+        raise ValueError(f"chosen must be one of the measured ks, got {chosen}, not in {scree.ks}")
     fig, ax = _figure(ax)
     loss, stderr = scree.loss, scree.stderr.nan_to_num(nan=0.0)
     (line,) = ax.plot(scree.ks, loss.tolist(), marker=".", label=label)
@@ -47,7 +50,7 @@ def plot_scree(
             color="0.6",
             linewidth=1,
             linestyle="--",
-            label=f"{tolerance:.0%} above k = {scree.ks[-1]}",
+            label=f"{100 * tolerance:.4g}% above k = {scree.ks[-1]}",
         )
     if chosen is not None:
         height = float(loss[scree.ks.index(chosen)])

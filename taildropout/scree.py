@@ -158,7 +158,7 @@ def scree(
             (`model(*inputs)`) or a dict (`model(**inputs)`). Held-out data: on the training
             data every further feature seems to help.
         layer: qualified name of the layer, needed if there are several.
-        ks: the ks to measure. None: all of 0, ..., n up to n = 256, else 0, n and about 128
+        ks: the ks to measure. None: all of 0, ..., n up to n = 256, else 0, n and up to 128
             sizes spaced geometrically. The largest is what `choose` compares with, so include n.
         device: where the batches are moved to. None: the device of the model's parameters.
         progress: show a progress bar.
@@ -184,7 +184,7 @@ def scree(
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
     moments: _Moments | None = None
-    fan_out: FanOut | None = None
+    fan_out: FanOut | None = FanOut(model, swept, per_sample_loss, memory)
     total = len(data) if isinstance(data, Sized) else None
     with _as_it_was(model, swept), torch.no_grad():
 
@@ -202,15 +202,16 @@ def scree(
                 chosen = _default_ks(n) if chosen is None else chosen
                 check_k_at_most(chosen[-1], n)
                 moments = _Moments(len(chosen))
+            if fan_out is not None and not fan_out.checked:
                 some = sorted({chosen[i * (len(chosen) - 1) // 3] for i in range(4)})
                 expected = one_by_one(inputs, target, some)
                 try:
-                    fan_out = FanOut(model, swept, per_sample_loss, inputs, memory)
                     fan_out.check(inputs, target, some, expected)
                 except FanOutError as error:
                     fan_out = None
                     log.info("scree of layer %r runs each k by itself: %s", name, error)
-            measure = one_by_one if fan_out is None else fan_out.losses
+            trusted = fan_out is not None and fan_out.checked
+            measure = fan_out.losses if fan_out is not None and trusted else one_by_one
             moments.add(measure(inputs, target, chosen))
     chosen, moments = _of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:

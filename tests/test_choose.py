@@ -274,7 +274,7 @@ def test_explain_says_how_far_the_bound_reaches():
     """One difference of +8 % with a standard error of 1 %."""
     text = scree_of([1.08, 1], [[1e-4 * 400, 0], [0, 0]], 400).explain(0.09, confidence=0.9)
     bound = 8 + scipy.stats.t.ppf(0.9, 399)
-    assert f"may be up to +{bound:.1f}% with the tolerance at +9.0%" in text
+    assert f"may be up to +{bound:.1f}% where +9.0% is allowed" in text
     assert "about 660 samples" in text  # 400 * 1.284 ** 2 = 659.2
     assert "or a tolerance of 10%" in text
 
@@ -284,13 +284,13 @@ def test_explain_says_how_far_the_bound_reaches():
 )
 def test_explain_asks_for_the_measured_rise_where_that_is_certain(loss, tolerance, rise):
     below = scree_of(loss).explain(tolerance).splitlines()[1]
-    assert below.startswith(f"k = 1 measures +{rise}.0%, more than the tolerance")
+    assert below.startswith(f"k = 1 measures +{rise}.0%, where +{100 * tolerance}")
     assert re.findall(r"tolerance of (\d+)%", below) == [str(rise)]
 
 
 def test_explain_has_no_percentages_of_a_loss_of_zero():
     assert scree_of([2, 0.5, 0]).explain().splitlines()[1] == (
-        "k = 1 measures +0.5, more than the tolerance."
+        "k = 1 measures +0.5, where +0 is allowed."
     )
 
 
@@ -304,7 +304,7 @@ def test_explain_of_a_smaller_k():
     assert text.splitlines()[0] == (
         "k = 1 of 2: +5.0% against k = 2, and at most +10.0% with 95% confidence from 100 samples."
     )
-    assert text.splitlines()[1].startswith("k = 0 measures +300.0%, more than the tolerance")
+    assert text.splitlines()[1].startswith("k = 0 measures +300.0%, where +10.0% is allowed")
 
 
 def test_explain_of_the_smallest_k_has_nothing_to_add():

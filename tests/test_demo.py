@@ -221,7 +221,7 @@ def test_the_digits_as_a_command(tmp_path):
         ("demo --data nothing", r"invalid choice: '?nothing"),
         ("demo --width 0", "must be at least 1, got 0"),
         ("demo --epochs -2", "must be at least 1, got -2"),
-        ("demo --width many", "invalid .* value: 'many'"),
+        ("demo --width many", "must be a whole number, got .many."),
         ("", "required: command"),
         ("demo --data fashion-mnist --data-dir missing", "Fashion-MNIST is not in missing"),
         ("demo --out file --epochs 1 --width 2", "taildropout demo: .*'file'"),

@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--out", type=Path, default="taildropout-demo", metavar="DIR", help="where to write"
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all random numbers")
     arguments = parser.parse_args(argv)
+    if arguments.data == "digits" and arguments.data_dir is not None:
+        command.error("--data-dir is for --data fashion-mnist: the digits need no files")
     try:
         demo(
             arguments.data,
@@ -151,9 +153,23 @@ def demo(
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in 0, ..., 2^63 - 1, got {value}")
     return value
 
 
@@ -214,8 +230,9 @@ def _reconstructions(model: Autoencoder, images: data.Images, n: int) -> "Figure
     for k in ks:
         with model.bottleneck.using_k(k):
             rows.append((f"k = {k}", model(shown)))
-    fig = Figure(figsize=(0.8 * SHOWN + 1, 0.8 * len(rows)), layout="constrained")
-    for row, axes in zip(rows, fig.subplots(len(rows), SHOWN, squeeze=False), strict=True):
+    columns = len(shown)
+    fig = Figure(figsize=(0.8 * columns + 1, 0.8 * len(rows)), layout="constrained")
+    for row, axes in zip(rows, fig.subplots(len(rows), columns, squeeze=False), strict=True):
         for pixels, ax in zip(row[1], axes, strict=True):
             ax.imshow(
                 pixels.view(images.height, images.width).numpy(), cmap="gray_r", vmin=0, vmax=1

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,9 @@ def read_idx_images(path: Path) -> Tensor:
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    if raw[:4] != bytes([0, 0, 8, 3]):
+    if len(raw) < 16 or raw[:4] != bytes([0, 0, 8, 3]):
         raise DataError(f"{path} must be an IDX file of images (first bytes 00 00 08 03)")
     shape = tuple(int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in (1, 2, 3))
     if len(raw) != 16 + math.prod(shape) or math.prod(shape) == 0:

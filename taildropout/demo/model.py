@@ -70,4 +70,7 @@ def pca_errors(train: Tensor, test: Tensor, ks: list[int]) -> list[float]:
     scores = residual @ axes.flip(1)  # (images, pixels), most important first
     explained = scores.square().mean(0).cumsum(0)
     total = residual.square().mean(0).sum()
-    return [float(total - (explained[k - 1] if k else 0)) / test.shape[1] for k in ks]
+    return [
+        float(total - (explained[min(k, len(explained)) - 1] if k else 0)) / test.shape[1]
+        for k in ks
+    ]
