@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/taildropout demo --data $(DATA)
 
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
