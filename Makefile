@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/taildropout demo --data $(DATA)
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
