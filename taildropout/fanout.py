@@ -21,6 +21,10 @@ from .functional import keep_prefix, prefix_linear
 from .insert import Inputs, call
 from .layers import TailDropout
 
+# More at once is slower: a chunk's activations no longer fit into the cache of a CPU, or anything
+# much larger than a GPU needs to be busy.
+_ENOUGH = 2**25
+
 PerSampleLoss = Callable[[Any, Any], Tensor]
 
 
@@ -55,7 +59,7 @@ class FanOut:
         self.bytes_of_sample = (
             2 * self.bytes_per_k + sum(leaf.nbytes for leaf in _tensors(target))
         ) / self.batch
-        if self._chunk() < 2:
+        if 2 * self.bytes_of_sample * self.batch > self.memory:
             raise FanOutError(f"{self.memory} bytes of memory are too few for two ks at once")
         try:
             self._try(inputs, target, ks, expected)
@@ -68,12 +72,16 @@ class FanOut:
 
     def losses(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
         """Per-sample losses in float64, `(len(ks), batch)`, on the CPU."""
-        chunk = max(2, self._chunk())
-        chunks = [ks[start : start + chunk] for start in range(0, len(ks), chunk)]
-        return torch.cat([self._losses_at_once(inputs, target, some) for some in chunks])
+        at_once = min(self.memory, _ENOUGH) / max(1.0, self.bytes_of_sample * self.batch)
+        return self._in_chunks(inputs, target, ks, max(2, int(at_once)))
 
-    def _chunk(self) -> int:
-        return int(self.memory / max(1.0, self.bytes_of_sample * self.batch))
+    def _in_chunks(self, inputs: Inputs, target: Any, ks: list[int], size: int) -> Tensor:
+        losses = []
+        with _RunOnce(self.model, self.layer) as run_once:
+            for start in range(0, len(ks), size):
+                run_once.start_again()
+                losses.append(self._losses_at_once(inputs, target, ks[start : start + size]))
+        return torch.cat(losses)
 
     def _losses_at_once(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
         with self._fanned_out(ks):
@@ -172,7 +180,7 @@ class FanOut:
 
     def _try(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
         try:
-            actual = self.losses(inputs, target, ks)
+            actual = self._in_chunks(inputs, target, ks, size=2)
         except Exception as error:  # whatever it is, the plain runs go through
             raise FanOutError(str(error)) from error
         precise = self.dtype in (torch.float32, torch.float64)
@@ -183,6 +191,60 @@ class FanOut:
             raise FanOutError(
                 f"the losses differ by up to {difference:.3g} from those of runs with set_k"
             )
+
+
+class _RunOnce:
+    """While entered, modules that return before the layer is reached run in the first pass only.
+
+    Later passes, each begun by `start_again`, get what they returned then.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        self.layer = layer
+        self.modules = [m for m in model.modules() if layer not in m.modules()]
+        self.returned: dict[nn.Module, list[Any]] = {module: [] for module in self.modules}
+        self.calls: dict[nn.Module, int] = {}
+        self.depth = 0  # of calls of these modules, in one another
+        self.reached = False  # the layer, in any pass
+
+    def start_again(self) -> None:
+        self.calls = dict.fromkeys(self.modules, 0)
+
+    def __enter__(self) -> "_RunOnce":
+        def reach(module: nn.Module, args: Any) -> None:
+            self.reached = True
+
+        self.handle = self.layer.register_forward_pre_hook(reach)
+        self.forwards = {m: vars(m).get("forward") for m in self.modules}
+        for module in self.modules:
+            module.forward = self._once(module, module.forward)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+        for module, own in self.forwards.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+    def _once(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call_once(*args: Any, **kwargs: Any) -> Any:
+            returned, i = self.returned[module], self.calls[module]
+            if self.depth == 0:
+                self.calls[module] += 1
+                if i < len(returned):
+                    return returned[i]
+            self.depth += 1
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self.depth -= 1
+            if self.depth == 0 and not self.reached:
+                returned.append(output)
+            return output
+
+        return call_once
 
 
 def _tensors(tree: Any) -> list[Tensor]:
