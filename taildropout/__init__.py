@@ -1,7 +1,7 @@
 """Train once, choose the width later."""
 
 from . import functional, lengths
-from .insert import tail_dropouts
+from .insert import insert, remove, replace_dropout, tail_dropouts
 from .layers import TailDropout, TailMLP
 from .pruning import PrunePlan, PruningError, load_pruned, plan_pruning, prune, save_pruned
 from .scree import LiveScree, Scree, scree
@@ -15,10 +15,13 @@ __all__ = [
     "TailDropout",
     "TailMLP",
     "functional",
+    "insert",
     "lengths",
     "load_pruned",
     "plan_pruning",
     "prune",
+    "remove",
+    "replace_dropout",
     "save_pruned",
     "scree",
     "tail_dropouts",
