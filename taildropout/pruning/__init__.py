@@ -4,7 +4,7 @@
 user's own modules accordingly; `plan` is the record of it: made, applied, verified, saved, loaded.
 """
 
-from .analysis import PruningError
+from .graph import PruningError
 from .plan import PrunePlan, load_pruned, plan_pruning, prune, save_pruned
 
 __all__ = ["PrunePlan", "PruningError", "load_pruned", "plan_pruning", "prune", "save_pruned"]

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..files import written_whole
 from ..functional import check_k
 from ..insert import Inputs, call, tail_dropouts
-from .analysis import Cut, Fold, PruningError, analyse, structural_copy, tensors_by_name
+from .analysis import Cut, Fit, Fold, Stay, analyse
+from .graph import PruningError, structural_copy, tensors_by_name
 from .surgery import operate
 
 FORMAT = 1
@@ -47,6 +48,8 @@ class PrunePlan:
         n: the width that it has.
         cuts: the indices that stay, for each parameter and buffer that is cut.
         folds: the constants that the columns that go contributed, added to biases.
+        fits: the layers that slice what arrives or add zeros, since a neighbour can't be cut.
+        stays: what can't go although k says so, and why.
         before: parameters and FLOPs of the model.
         after: the same of the pruned one.
     """
@@ -55,6 +58,8 @@ class PrunePlan:
     n: dict[str, int]
     cuts: list[Cut]
     folds: list[Fold]
+    fits: list[Fit]
+    stays: list[Stay]
     before: Cost
     after: Cost
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(repr=False)
@@ -95,6 +100,10 @@ class PrunePlan:
         lines += [
             f"{fold.name} takes in the constant of the columns that go" for fold in self.folds
         ]
+        lines += [
+            f"{stay.side} of layer {stay.layer!r} stays: {stay.name} {stay.reason}"
+            for stay in self.stays
+        ]
         return "\n".join(lines)
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:
@@ -103,7 +112,7 @@ class PrunePlan:
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         shared = {id(tensors[cut.name]): tensors[cut.name] for cut in self.cuts}
         small = copy.deepcopy(model, shared)
-        operate(small, self.cuts, self.folds)
+        operate(small, self.cuts, self.folds, self.fits)
         return small
 
     def _verify(self, model: nn.Module) -> None:
@@ -133,6 +142,7 @@ class PrunePlan:
             "n": self.n,
             "cuts": [[cut.name, cut.dim, cut.size, list(cut.keep)] for cut in self.cuts],
             "biases": [fold.name for fold in self.folds],
+            "fits": [[fit.layer, fit.width, fit.size] for fit in self.fits],
         }
 
 
@@ -172,13 +182,15 @@ def plan_pruning(
     """
     findings = analyse(model, _layer_ks(model, k), example_inputs)
     small = _with_own_buffers(model)
-    operate(small, findings.cuts, findings.folds)
+    operate(small, findings.cuts, findings.folds, findings.fits)
     tensors, small_tensors = tensors_by_name(model), tensors_by_name(small)
     return PrunePlan(
         findings.k,
         findings.n,
         findings.cuts,
         findings.folds,
+        findings.fits,
+        findings.stays,
         before=_cost(_with_own_buffers(model), example_inputs),
         after=_cost(small, example_inputs),
         shapes={
@@ -252,13 +264,13 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             another model. The model is untouched then.
         FileNotFoundError: there is no such file.
     """
-    cuts, biases, tensors = _read(path)
+    cuts, biases, fits, tensors = _read(path)
     biases = [name for name in biases if tensors_by_name(model).get(name) is None]
     try:
         _check_model_fits(cuts, tensors_by_name(model))
         folds = [Fold(name, torch.zeros_like(tensors[name])) for name in biases]
         rehearsal = structural_copy(model)
-        operate(rehearsal, cuts, folds)
+        operate(rehearsal, cuts, folds, fits)
         expected = {name: t.shape for name, t in rehearsal.state_dict().items()}
         found = {name: t.shape for name, t in tensors.items()}
         if expected != found:
@@ -270,7 +282,7 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise PruningError(
             f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
         ) from error
-    operate(model, cuts, folds)
+    operate(model, cuts, folds, fits)
     model.load_state_dict(tensors)
     return model
 
@@ -392,8 +404,10 @@ def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[list[Cut], list[str], dict[str, Tensor]]:
-    """The cuts, the biases that may have to be made, and the tensors."""
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[list[Cut], list[str], list[Fit], dict[str, Tensor]]:
+    """The cuts, the biases that may have to be made, the layers to be fitted, and the tensors."""
     file_name = repr(os.fspath(path))
     try:
         with safe_open(path, "pt") as file:
@@ -414,9 +428,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[list[Cut], list[str], dict[str,
         if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
             raise ValueError("an index is out of range")
         biases = [str(name) for name in record["biases"]]
+        fits = [Fit(str(name), int(width), int(size)) for name, width, size in record["fits"]]
         intact = record["sha256"] == _digest(record, tensors)
     except (ValueError, KeyError, TypeError) as error:
         raise PruningError(f"{file_name} holds a damaged plan: {error!r}") from error
     if not intact:
         raise PruningError(f"{file_name} has been changed since it was written")
-    return cuts, biases, tensors
+    return cuts, biases, fits, tensors

@@ -1,16 +1,19 @@
 """Which cuts and folds are found, and what is refused in which words."""
 
+import re
+
 import pytest
 import torch
-from oracle import Net, as_trained, assert_same, chain, convs, snapshot
+from oracle import Net, as_trained, assert_computes, assert_same, chain, convs, snapshot
 from torch import nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import PruningError, TailDropout
-from taildropout.pruning.analysis import analyse, structural_copy, tensors_by_name
+from taildropout.pruning.analysis import analyse
+from taildropout.pruning.graph import structural_copy, tensors_by_name
 
 
 def cuts(model, k, shape):
@@ -20,6 +23,17 @@ def cuts(model, k, shape):
         assert cut.size == tensors_by_name(model)[cut.name].shape[cut.dim]
         found.setdefault(cut.name, {})[cut.dim] = list(cut.keep)
     return found
+
+
+class First(nn.Module):
+    """The first output of a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
 
 
 def folds(model, k, shape):
@@ -149,105 +163,146 @@ def test_nothing_is_folded_where_zero_stays_zero(behind):
     assert folds(chain(4, behind), {"1": 2}, (2, 5)) == {}
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------- what stays
 
 
-def refused(model, k, shape, words):
-    """Refused by `prune` in these words, and the model is left as it was."""
+def kept(model, k, shape, *words):
+    """What the plan says of what stays; the small network computes the same all the same."""
+    model.double()
+    x = torch.randn(shape, dtype=torch.float64)
     before = snapshot(model)
-    x = torch.zeros(shape)
-    with pytest.raises(PruningError, match=words):
-        td.prune(model, k, x)
+    plan = td.plan_pruning(model, k, x)
+    small = plan.apply(model)
     assert_same(snapshot(model), before)
+    ks = k if isinstance(k, dict) else dict.fromkeys(td.tail_dropouts(model), k)
+    assert_computes(small, model, ks, shape)
+    said = [f"{s.side} {s.layer}: {s.name} {s.reason}" for s in plan.stays]
+    assert len(said) == len(words)
+    for line, expected in zip(said, words, strict=True):
+        assert re.fullmatch(expected, line), line
+    return {cut.name for cut in plan.cuts}
 
 
-READ_BY = r"the features of layer '{}' are read by {}, which mixes features or is not supported"
-COME_FROM = r"the features of layer '{}' come from {}, which can't compute some of them only"
-PLACES = "^{} turns the zeros of the tail into values that differ from place to place"
+AT_ONCE = "needs all features at once, or is not supported"
+NONE_OR_ALL = "computes all features or none"
+NOT_CONSTANT = "reads them too, where they are not constant"
+NO_PLACE = "can't take in the constants that it reads there: .*"
+PRODUCER, CONSUMER = {"0.weight", "0.bias"}, {"3.weight"}
 
 IN_MODULES = {
-    "layer norm behind": (chain(4, nn.LayerNorm(4)), READ_BY.format(1, "layer_norm in module '2'")),
-    "softmax behind": (chain(4, nn.Softmax(-1)), READ_BY.format(1, "softmax in module '2'")),
-    "log-softmax behind": (
-        chain(4, nn.LogSoftmax(1)),
-        READ_BY.format(1, "log_softmax in module '2'"),
+    "layer norm": (
+        chain(4, nn.LayerNorm(4)),
+        PRODUCER,
+        f"behind 1: layer_norm in module '2' {AT_ONCE}",
     ),
-    "glu behind": (
+    "rms norm": (chain(4, nn.RMSNorm(4)), PRODUCER, f"behind 1: rms_norm in module '2' {AT_ONCE}"),
+    "softmax": (chain(4, nn.Softmax(-1)), PRODUCER, f"behind 1: softmax in module '2' {AT_ONCE}"),
+    "log-softmax": (
+        chain(4, nn.LogSoftmax(1)),
+        PRODUCER,
+        f"behind 1: log_softmax in module '2' {AT_ONCE}",
+    ),
+    "glu": (
         nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.GLU(), nn.Linear(2, 3)),
-        READ_BY.format(1, "glu in module '2'"),
+        PRODUCER,
+        f"behind 1: linear in module '3' {NOT_CONSTANT}",
     ),
     "layer norm before": (
         chain(4, before=[nn.LayerNorm(4)]),
-        COME_FROM.format(2, "layer_norm in module '1'"),
+        CONSUMER,
+        f"in front 2: layer_norm in module '1' {NONE_OR_ALL}",
     ),
     "softmax before": (
         chain(4, before=[nn.Softmax(-1)]),
-        COME_FROM.format(2, "softmax in module '1'"),
+        CONSUMER,
+        f"in front 2: softmax in module '1' {NONE_OR_ALL}",
     ),
     "at the input": (
         nn.Sequential(TailDropout(), nn.Linear(5, 4)),
-        COME_FROM.format(0, "the input '.*' of the model"),
+        {"1.weight"},
+        "in front 0: the input '.*' of the model comes from outside",
     ),
     "at the output": (
         nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.ReLU()),
-        "the features of layer '1' reach the output of the model, whose shape would change",
+        PRODUCER,
+        "behind 1: the output of the model must keep its shape",
     ),
     "computed weights": (
         nn.Sequential(weight_norm(nn.Linear(5, 4)), TailDropout(), nn.Linear(4, 3)),
-        "linear in module '0' must read its weights directly from parameters",
+        {"2.weight"},
+        "in front 1: _weight_norm in module '0.parametrizations.weight.0' .*",
+    ),
+    "a recurrent producer": (
+        nn.Sequential(First(nn.GRU(5, 4)), TailDropout(), nn.Linear(4, 3)),
+        {"2.weight"},
+        f"in front 1: gru in module '0.module' {NONE_OR_ALL}",
     ),
 }
 
 
 @pytest.mark.parametrize("name", IN_MODULES)
-def test_modules_that_are_in_the_way(name):
-    model, words = IN_MODULES[name]
-    refused(model, 2, (3, 5), words)
+def test_modules_that_stay(name):
+    model, cut, words = IN_MODULES[name]
+    assert kept(model, 2, (3, 5), words) == cut
 
 
+CONV, READER = {"0.weight", "0.bias"}, {"2.weight"}
 IN_CONVS = {
     "padded behind sigmoid": (
         convs(nn.Sigmoid(), last={"padding": 1}),
-        PLACES.format(r"conv2d in module '3'"),
+        CONV,
+        f"behind 1: conv2d in module '3' {NO_PLACE}",
     ),
     "padded 'same' behind sigmoid": (
         convs(nn.Sigmoid(), last={"kernel_size": 3, "padding": "same"}),
-        PLACES.format(r"conv2d in module '3'"),
+        CONV,
+        f"behind 1: conv2d in module '3' {NO_PLACE}",
     ),
     "padded average behind sigmoid": (
         convs(nn.Sigmoid(), nn.AvgPool2d(2, padding=1)),
-        PLACES.format(r"avg_pool2d in module '3'"),
+        CONV,
+        f"behind 1: conv2d in module '4' {NOT_CONSTANT}",
     ),
-    "circular padding": (
-        convs(last={"padding": 1, "padding_mode": "circular"}),
-        READ_BY.format(1, "pad in module '2'"),
-    ),
-    "group norm": (convs(nn.GroupNorm(2, 4)), READ_BY.format(1, ".*norm.* in module '2'")),
-    "grouped consumer": (
-        nn.Sequential(nn.Conv2d(2, 4, 3), TailDropout(dropout_dim=1), nn.Conv2d(4, 4, 3, groups=2)),
-        READ_BY.format(1, "conv2d in module '2'"),
-    ),
-    "grouped producer": (convs(first={"groups": 2}), COME_FROM.format(1, "conv2d in module '0'")),
-    "transposed": (
-        nn.Sequential(nn.Conv2d(2, 4, 3), TailDropout(dropout_dim=1), nn.ConvTranspose2d(4, 4, 3)),
-        READ_BY.format(1, "conv_transpose2d in module '2'"),
+    "group norm": (
+        convs(nn.GroupNorm(2, 4)),
+        CONV,
+        f"behind 1: group_norm in module '2' {AT_ONCE}",
     ),
     "part of a channel": (
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), TailDropout(), nn.Linear(144, 3)),
-        "the first k features of layer '2' are not whole features of what .* in module '1' reads",
+        {"0.weight", "0.bias", "3.weight"},
+        "in front 2: linear in module '3' reads them too, where they are not constant",
+    ),
+    "grouped producer": (
+        convs(first={"groups": 2}),
+        READER,
+        "in front 1: the input '.*' of the model comes from outside",
+    ),
+    "grouped consumer": (
+        nn.Sequential(nn.Conv2d(2, 4, 3), TailDropout(dropout_dim=1), nn.Conv2d(4, 4, 3, groups=2)),
+        CONV,
+        "behind 1: the output of the model must keep its shape",
     ),
 }
 
 
 @pytest.mark.parametrize("name", IN_CONVS)
-def test_convolutions_that_are_in_the_way(name):
-    model, words = IN_CONVS[name]
-    refused(model, 2, (2, 2, 8, 8), words)
+def test_convolutions_that_stay(name):
+    model, cut, words = IN_CONVS[name]
+    assert kept(model, 2, (2, 2, 8, 8), words) == cut
+
+
+@pytest.mark.parametrize(
+    "last",
+    [nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), nn.ConvTranspose2d(4, 3, 3)],
+    ids=["circular", "transposed"],
+)
+def test_convolutions_that_are_cut_on_both_sides(last):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), TailDropout(dropout_dim=1), last)
+    assert kept(model, 2, (2, 2, 8, 8)) == CONV | READER
 
 
 OWN = "in the model's own forward"
-PAST = "the features that linear in module 'producer' computes for layer 'tail' are also read by {}"
-MEET = f"the features of layer 'tail' meet other values in add {OWN}"
 
 
 def residual(m, x):
@@ -280,49 +335,117 @@ def attention(m, x):
     return m.consumer((h @ h.T).softmax(-1) @ h)
 
 
+ROWS, COLUMNS = {"producer.weight", "producer.bias"}, {"consumer.weight"}
 FORWARDS = {
-    "residual": (residual, MEET),
-    "residual behind": (residual_behind, MEET),
-    "skip": (skip, PAST.format(f"sum {OWN}")),
-    "mean before": (centred, PAST.format(f"mean {OWN}")),
-    "mean behind": (mean_behind, READ_BY.format("tail", f"mean {OWN}")),
-    "attention": (attention, READ_BY.format("tail", f".* {OWN}")),
+    "residual": (
+        residual,
+        set(),
+        [
+            f"in front tail: linear in module 'consumer' {NOT_CONSTANT}",
+            f"behind tail: linear in module 'consumer' {NOT_CONSTANT}",
+        ],
+    ),
+    "residual behind": (
+        residual_behind,
+        ROWS,
+        [f"behind tail: linear in module 'consumer' {NOT_CONSTANT}"],
+    ),
+    "skip": (skip, COLUMNS, [f"in front tail: sum {OWN} {AT_ONCE}"]),
+    "mean before": (centred, COLUMNS, [f"in front tail: mean {OWN} {AT_ONCE}"]),
+    "mean behind": (mean_behind, ROWS, [f"behind tail: mean {OWN} {AT_ONCE}"]),
     "softmax": (
         lambda m, x: m.consumer(m.tail(m.producer(x).softmax(-1))),
-        COME_FROM.format("tail", f"softmax {OWN}"),
+        COLUMNS,
+        [f"in front tail: softmax {OWN} {NONE_OR_ALL}"],
     ),
     "cumsum": (
         lambda m, x: m.consumer(m.tail(m.producer(x)).cumsum(-1)),
-        READ_BY.format("tail", f"cumsum {OWN}"),
-    ),
-    "flip": (
-        lambda m, x: m.consumer(m.tail(m.producer(x)).flip(-1)),
-        READ_BY.format("tail", f"flip {OWN}"),
-    ),
-    "cat": (
-        lambda m, x: m.consumer(torch.cat([m.tail(m.producer(x)), x], -1)[:, :4]),
-        READ_BY.format("tail", f"cat {OWN}"),
-    ),
-    "always dropout": (
-        lambda m, x: m.consumer(dropout(m.tail(m.producer(x)), 0.5, True)),
-        READ_BY.format("tail", f".*dropout {OWN}"),
+        ROWS,
+        [f"behind tail: cumsum {OWN} {AT_ONCE}"],
     ),
     "einsum": (
         lambda m, x: torch.einsum("bi,oi->bo", m.tail(m.producer(x)), m.consumer.weight),
-        READ_BY.format("tail", f"einsum {OWN}"),
-    ),
-    "no place for a bias": (
-        lambda m, x: linear(m.tail(m.producer(x)) + 1, m.gate.weight[:, :4]),
-        f"linear {OWN} must read its weights directly from parameters",
+        ROWS,
+        [f"behind tail: einsum {OWN} {AT_ONCE}"],
     ),
     "no bias is read": (
         lambda m, x: linear(m.tail(m.producer(x)).sigmoid(), m.consumer.weight),
-        f"linear {OWN} needs a bias to take in the constant .* 'consumer.weight' does not belong",
+        ROWS,
+        [f"behind tail: linear {OWN} {NO_PLACE}"],
     ),
     "weights that are read elsewhere": (
         lambda m, x: m.consumer(m.tail(m.producer(x))) + m.consumer.weight.sum(),
-        f"'consumer.weight' would be cut, but is also read by sum {OWN}",
+        ROWS,
+        [f"behind tail: sum {OWN} {AT_ONCE}"],
     ),
+    "weights that are used past the layer": (
+        lambda m, x: m.consumer(m.tail(m.producer(x))) + m.consumer(m.producer(x)),
+        set(),
+        [
+            f"in front tail: linear in module 'consumer' {NOT_CONSTANT}",
+            f"behind tail: linear in module 'consumer' {NOT_CONSTANT}",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_what_stays_in_modules_that_users_write(name):
+    forward, cut, words = FORWARDS[name]
+    assert kept(Net(forward), 2, (3, 5), *words) == cut
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        attention,
+        lambda m, x: m.consumer(m.tail(m.producer(x)).flip(-1)),
+        lambda m, x: m.consumer(m.tail(m.producer(x)) * m.gate(x) + 0),
+    ],
+    ids=["attention", "flip", "gate"],
+)
+def test_modules_that_users_write_cut_on_both_sides(forward):
+    assert kept(Net(forward), 2, (3, 5)) == ROWS | COLUMNS
+
+
+def test_tied_weights_stay_unless_all_uses_agree():
+    model = nn.Sequential(nn.Linear(4, 4), TailDropout(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    outside = "(the input '.*' of the model comes from outside|the output of the model must keep .*)"
+    assert kept(model, 2, (3, 4), f"in front 1: {outside}", f"behind 1: {outside}") == set()
+
+
+class ChannelsLast(nn.Module):
+    """Flattened such that feature i is channel i % 4 at position i // 4, of 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 3)
+        self.tail = TailDropout()
+        self.consumer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.consumer(self.tail(self.conv(x).transpose(1, 2).flatten(1)))
+
+
+@pytest.mark.parametrize(("k", "reasons"), [(8, 1), (6, 2)])
+def test_prefixes_that_are_positions_and_not_channels(k, reasons):
+    """The first positions of all channels: no channel can go."""
+    (cut,) = kept(ChannelsLast(), k, (2, 2, 5), *["in front tail: .*"] * reasons)
+    assert cut == "consumer.weight"
+
+
+def test_an_embedding_loses_columns():
+    model = nn.Sequential(nn.Embedding(7, 4), TailDropout(), nn.Linear(4, 3))
+    small = td.prune(model, 2, torch.tensor([1, 2]))
+    assert small[0].weight.shape == (7, 2)
+    assert small[0].embedding_dim == 2
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+FORWARDS_REFUSED = {
     "a hard-coded view": (
         lambda m, x: m.consumer(m.tail(m.producer(x)).view(-1, 4)),
         r"the pruned network does not run: .* spell out a size .* as in x\.view\(-1, 3136\): .*"
@@ -343,86 +466,14 @@ FORWARDS = {
 }
 
 
-@pytest.mark.parametrize("name", FORWARDS)
-def test_what_users_write_that_is_in_the_way(name):
-    forward, words = FORWARDS[name]
-    refused(Net(forward), 2, (3, 5), words)
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gru = nn.GRU(5, 4)
-        self.tail = TailDropout(batch_dim=1)
-        self.consumer = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.consumer(self.tail(self.gru(x)[0]))
-
-
-def test_a_recurrent_producer():
-    words = COME_FROM.format("tail", "gru in module 'gru'")
-    refused(Recurrent(), 2, (3, 2, 5), words)
-
-
-def test_an_embedding_as_producer():
-    model = nn.Sequential(nn.Embedding(7, 4), TailDropout(), nn.Linear(4, 3))
-    with pytest.raises(PruningError, match=COME_FROM.format(1, "embedding in module '0'")):
-        td.prune(model, 2, torch.tensor([1, 2]))
-
-
-class ChannelsLast(nn.Module):
-    """Flattened such that feature i is channel i % 4 at position i // 4, of 3."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(2, 4, 3)
-        self.tail = TailDropout()
-        self.consumer = nn.Linear(12, 3)
-
-    def forward(self, x):
-        return self.consumer(self.tail(self.conv(x).transpose(1, 2).flatten(1)))
-
-
-@pytest.mark.parametrize(
-    ("k", "words"),
-    [
-        (8, COME_FROM.format("tail", "conv1d in module 'conv'")),  # two whole positions stay
-        (6, "the first k features of layer 'tail' are not whole features"),
-    ],
-)
-def test_prefixes_that_are_positions_and_not_channels(k, words):
-    refused(ChannelsLast(), k, (2, 2, 5), words)
-
-
-def test_tied_weights():
-    model = nn.Sequential(nn.Linear(4, 4), TailDropout(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    words = r"must read its weights directly .* tied ones, got 0\.weight = 2\.weight"
-    refused(model, 2, (3, 4), words)
-
-
-def test_weights_that_are_also_used_past_the_layer():
-    def forward(m, x):
-        return m.consumer(m.tail(m.producer(x))) + m.consumer(m.producer(x))
-
-    words = "'(producer|consumer).(weight|bias)' would be cut, but is also read by linear in module"
-    refused(Net(forward), 2, (3, 5), words)
-
-
-def test_the_layer_that_is_named_is_the_one_in_the_way():
-    model = nn.Sequential(
-        nn.Linear(5, 4),
-        TailDropout(),
-        nn.Linear(4, 4),
-        nn.Sequential(TailDropout(), nn.LayerNorm(4)),
-        nn.Linear(4, 2),
-    )
-    refused(model, {"1": 2, "3.0": 2}, (3, 5), READ_BY.format("3.0", "layer_norm in module '3.1'"))
-    assert set(cuts(model, {"1": 2}, (3, 5))) == {"0.weight", "0.bias", "2.weight"}
-
-
-# ------------------------------------------------------------------------------------------ copies
+@pytest.mark.parametrize("name", FORWARDS_REFUSED)
+def test_what_users_write_that_is_refused(name):
+    forward, words = FORWARDS_REFUSED[name]
+    model = Net(forward)
+    before = snapshot(model)
+    with pytest.raises(PruningError, match=words):
+        td.prune(model, 2, torch.zeros(3, 5))
+    assert_same(snapshot(model), before)
 
 
 def test_a_structural_copy_shares_tensors_but_no_modules():

@@ -424,10 +424,14 @@ def test_k_of_no_features_leaves_the_constant():
     [convs(), convs(nn.MaxPool2d(2)), chain(4, nn.BatchNorm1d(4))],
     ids=["conv", "max", "bn"],
 )
-def test_modules_that_torch_cannot_run_on_no_features_are_refused_at_k_0(model):
-    x = torch.randn(2, 2, 8, 8) if isinstance(model[0], nn.Conv2d) else torch.randn(2, 5)
-    with pytest.raises(PruningError, match=r"does not run.*With k = 0, .* on no features"):
-        td.prune(model, 0, x)
+def test_where_torch_cannot_run_on_no_features_one_stays(model):
+    shape = (2, 2, 8, 8) if isinstance(model[0], nn.Conv2d) else (2, 5)
+    small = assert_prunes(as_trained(model), 0, shape)
+    assert len(small[0].weight) in (0, 1)
+    assert small[-1].weight.shape[1] == 1
+    assert (small[1].width, small[1].size) == (0, 1)
+    plan = td.plan_pruning(model, 0, torch.randn(shape, dtype=torch.float64))
+    assert "can't be run by torch on no features" in plan.summary()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -522,11 +526,21 @@ def test_the_original_is_untouched():
     assert_same(snapshot(model), before)
 
 
+class Branch(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class WrittenSize(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 4)
+
+
 @pytest.mark.parametrize(
     ("behind", "k", "error", "words"),
     [
-        (nn.LayerNorm(4), 2, PruningError, "layer_norm in module '3'"),
-        (nn.BatchNorm1d(4), 0, PruningError, "the pruned network does not run"),
+        (Branch(), 2, PruningError, "exporting it failed"),
+        (WrittenSize(), 2, PruningError, "the pruned network does not run"),
         (nn.Sigmoid(), 5, ValueError, "k must be at most the number of features n=4"),
     ],
     ids=["analysis", "run", "k"],
@@ -724,6 +738,7 @@ def test_the_record_is_plain_data():
             ["3.weight", 1, 4, [0, 1]],
         ],
         "biases": ["3.bias"],
+        "fits": [],
     }
 
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import TailDropout
-from taildropout.pruning.analysis import Cut, Fold, structural_copy, tensors_by_name
+from taildropout.pruning.analysis import Cut, Fold
+from taildropout.pruning.graph import structural_copy, tensors_by_name
 from taildropout.pruning.surgery import operate
 
 

@@ -1,0 +1,487 @@
+"""How operations treat features: which features of which values go or stay together.
+
+Each operation states `Relation`s between a dim of one value and a dim of another. What is not
+listed here mixes features, or is unknown: its inputs are needed whole, and so is its output.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .graph import LAYER, Graph, Operation, layer_dim, shape
+
+aten = torch.ops.aten
+
+Place = tuple[fx.Node, int]  # a dim of a value, along which its features lie
+
+
+@dataclass(frozen=True)
+class Part:
+    """Features at `place` in a relation: what has the same label belongs together.
+
+    A label of -1 belongs to nothing: the operation leaves this feature free to go or to stay.
+    """
+
+    place: Place
+    labels: Tensor  # int64, (features at `place`,)
+    labels_of_whole: Tensor  # int64, (features at the relation's whole,)
+
+
+@dataclass(frozen=True, eq=False)
+class Relation:
+    """A feature of the whole is there if, and only if, it is there in each of the parts.
+
+    Mostly there is one part, and the features correspond one by one. Where a reshape merges
+    channels and positions into features, these are the parts.
+    """
+
+    whole: Place
+    parts: tuple[Part, ...]
+
+    @property
+    def places(self) -> list[Place]:
+        return [self.whole, *(part.place for part in self.parts)]
+
+    def passes(self, output: fx.Node) -> Iterator[tuple[Place, Tensor, Place, Tensor]]:
+        """From a place of a source to one of the output, with their labels."""
+        for part in self.parts:
+            if self.whole[0] is output:
+                yield part.place, part.labels, self.whole, part.labels_of_whole
+            else:
+                yield self.whole, part.labels_of_whole, part.place, part.labels
+
+
+@dataclass(frozen=True)
+class Read:
+    """Features at `place` are multiplied by the entries of `weight` and summed.
+
+    Where they are constant they can go, together with these entries; their sum is added to `bias`.
+    """
+
+    operation: Operation
+    place: Place
+    weight: Place
+    bias: Any = None  # a value, or None where there is none
+
+
+@dataclass
+class Rules:
+    """What one operation says.
+
+    `made` are the features at places of its output that it makes by itself: they are there,
+    whatever it reads.
+    """
+
+    relations: list[Relation]
+    reads: list[Read]
+    made: list[tuple[Place, Tensor]]
+
+
+def rules_of(graph: Graph, operation: Operation, ks: dict[str, int]) -> Rules:
+    """All that is known of an operation; empty where it is not supported."""
+    rules = Rules([], [], [])
+    target = operation.target
+    if target is LAYER:
+        rules.relations += _layer(operation, ks)
+    elif is_pointwise(operation):
+        rules.relations += _pointwise(operation)
+    elif target in _MOVING:
+        _move(operation, rules)
+    elif target in _LINEAR:
+        _linear(operation, rules)
+    elif target in _CONV | _CONV_TRANSPOSE:
+        _convolve(operation, rules)
+    elif target is aten.addmm.default:
+        bias, input, weight = operation.args[:3]
+        _multiply(operation, rules, input, weight, bias)
+    elif target in _MATMUL:
+        _multiply(operation, rules, *operation.args[:2])
+    elif target is aten.embedding.default:
+        weight = operation.args[0]
+        rules.relations.append(
+            same((weight, 1), (operation.output, len(shape(operation.output)) - 1))
+        )
+    elif target in _RECURRENT:
+        _recur(operation, rules)
+    elif operation.pick in (None, 0):
+        rules.relations += _through(operation)
+    return rules
+
+
+def is_pointwise(operation: Operation) -> bool:
+    tags: Any = getattr(operation.target, "tags", ())
+    if operation.target in _RANDOM_IN_TRAINING:
+        return operation.arg(_RANDOM_IN_TRAINING[operation.target], False) is False
+    if torch.Tag.nondeterministic_seeded in tags or operation.pick is not None:
+        return False
+    return bool(torch.Tag.pointwise in tags or operation.target in _POINTWISE_WITHOUT_TAG)
+
+
+def runs_on_no_features(operation: Operation) -> bool:
+    """Whether torch can run it where all features are gone."""
+    return operation.target in _LINEAR or operation.target is LAYER or is_pointwise(operation)
+
+
+def moves(operation: Operation) -> bool:
+    """Whether it only puts entries to other places."""
+    return operation.target in _MOVING
+
+
+def is_product(operation: Operation) -> bool:
+    """Whether zeros in one factor make zeros, whatever the other is."""
+    return operation.target is aten.mul.Tensor or operation.target in _MATMUL
+
+
+def is_recurrent(operation: Operation) -> bool:
+    return operation.target in _RECURRENT
+
+
+def takes_by_number(operation: Operation) -> bool:
+    """Whether it takes features by their position, which is written in the model's code."""
+    return operation.target in _TAKING
+
+
+# ---------------------------------------------------------------------------------- operations
+
+_LINEAR = {aten.linear.default}
+_CONV = {
+    getattr(getattr(aten, f"conv{d}d"), overload)
+    for d in (1, 2, 3)
+    for overload in ("default", "padding")
+}
+_CONV_TRANSPOSE = {
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+}
+_MATMUL = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+# Where their list of weights and biases stands among the arguments.
+_RECURRENT = {
+    aten.lstm.input: 2,
+    aten.gru.input: 2,
+    aten.rnn_tanh.input: 2,
+    aten.rnn_relu.input: 2,
+}
+_POINTWISE_WITHOUT_TAG = {  # in one of the versions of torch that are supported
+    aten.leaky_relu.default,
+    aten.hardswish.default,
+    aten.log_sigmoid.default,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    aten.where.Scalar,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
+# Where their flag `training` stands among the arguments.
+_RANDOM_IN_TRAINING = {aten.dropout.default: 2, aten.rrelu.default: 3}
+# They take entries by position: the model's code says which.
+_TAKING = {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.narrow.default,
+    aten.index_select.default,
+    aten.roll.default,
+}
+# They put every entry of their inputs somewhere, or nowhere, and change none.
+_MOVING = _TAKING | {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.movedim.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.flip.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.constant_pad_nd.default,
+    aten.pad.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+    *(getattr(aten, f"upsample_nearest{d}d").vec for d in (1, 2, 3)),
+    *(getattr(aten, f"_upsample_nearest_exact{d}d").vec for d in (1, 2, 3)),
+}
+# Where the value that they fill up with stands among the arguments.
+_PADDING_VALUE = {aten.constant_pad_nd.default: 2, aten.pad.default: 3}
+# Their parameters and statistics lie along dim 1.
+_CHANNELWISE = {
+    aten._native_batch_norm_legit_no_training.default,
+    aten.batch_norm.default,
+    aten.instance_norm.default,
+    aten.prelu.default,
+    aten._prelu_kernel.default,
+}
+# How many dims, counted from the last, they mix.
+_MIXING_LAST = {
+    getattr(aten, f"{name}{d}d").default: d
+    for d in (1, 2, 3)
+    for name in ("max_pool", "avg_pool", "adaptive_avg_pool")
+} | {
+    aten.max_pool2d_with_indices.default: 2,
+    aten.max_pool3d_with_indices.default: 3,
+    aten.adaptive_max_pool1d.default: 1,
+    aten.adaptive_max_pool2d.default: 2,
+    aten.adaptive_max_pool3d.default: 3,
+    aten._adaptive_avg_pool2d.default: 2,
+    aten._adaptive_avg_pool3d.default: 3,
+    aten.upsample_linear1d.vec: 1,
+    aten.upsample_bilinear2d.vec: 2,
+    aten.upsample_bicubic2d.vec: 2,
+    aten.upsample_trilinear3d.vec: 3,
+    aten.scaled_dot_product_attention.default: 2,
+}
+_NORMALISING = {aten.layer_norm.default, aten.rms_norm.default}
+_REDUCING = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var.correction,
+    aten.prod.dim_int,
+    aten.logsumexp.default,
+}
+_ALONG_ONE_DIM = {
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.log_softmax.int,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+}
+
+
+# ---------------------------------------------------------------------------------- their rules
+
+
+def _related(place: Place, whole: Place, labels: Tensor, labels_of_whole: Tensor) -> Relation:
+    return Relation(whole, (Part(place, labels, labels_of_whole),))
+
+
+def same(place: Place, whole: Place) -> Relation:
+    """One by one."""
+    index = torch.arange(shape(whole[0])[whole[1]])
+    return _related(place, whole, index, index)
+
+
+def _layer(operation: Operation, ks: dict[str, int]) -> Iterator[Relation]:
+    """It needs no tail, and brings forth zeros by itself."""
+    input, output, dim = operation.args[0], operation.output, layer_dim(operation)
+    for d in range(len(shape(output))):
+        if d != dim:
+            yield same((input, d), (output, d))
+    k = ks.get(operation.args[1])
+    before, after = torch.arange(shape(input)[dim]), torch.arange(shape(output)[dim])
+    if k is not None:
+        before, after = before.masked_fill(before >= k, -1), after.masked_fill(after >= k, -1)
+    yield _related((input, dim), (output, dim), before, after)
+
+
+def _pointwise(operation: Operation) -> Iterator[Relation]:
+    output = operation.output
+    for source in operation.sources:
+        missing = len(shape(output)) - len(shape(source))
+        for dim, size in enumerate(shape(source)):
+            if size == shape(output)[dim + missing]:  # otherwise one entry for all
+                yield same((source, dim), (output, dim + missing))
+
+
+def _move(operation: Operation, rules: Rules) -> None:
+    """Found by moving tensors that hold, at each place, 1 + its number.
+
+    0 stands for what comes from elsewhere.
+    """
+    output, sources = operation.output, operation.sources
+    padding = _PADDING_VALUE.get(operation.target, len(operation.args))
+    elsewhere = {padding: 0.0} if padding < len(operation.args) else {}
+    nothing = {source: torch.zeros(shape(source), dtype=torch.float64) for source in sources}
+    made = [torch.ones(size, dtype=torch.bool) for size in shape(output)]
+    related = [False] * len(made)
+    for source in sources:
+        numbers = torch.arange(1.0, 1 + nothing[source].numel()).double().view(shape(source))
+        moved = operation.run({**nothing, source: numbers}, elsewhere).long() - 1
+        from_here = moved >= 0
+        index = torch.unravel_index(moved.clamp(min=0), shape(source))
+        merged: dict[int, list[Part]] = {}  # by dim of the output
+        split: dict[int, list[Part]] = {}  # by dim of the source
+        for dim, size in enumerate(shape(source)):
+            for out_dim, out_size in enumerate(shape(output)):
+                along = [-1 if d == out_dim else 1 for d in range(moved.ndim)]
+                out_index = torch.arange(out_size).view(along).expand(moved.shape)
+                pairs = torch.stack([index[dim][from_here], out_index[from_here]])
+                here, there = pairs.unique(dim=1)
+                if len(here.unique()) < 2 or len(there.unique()) < 2:
+                    continue
+                labels, out_labels = torch.full((size,), -1), torch.full((out_size,), -1)
+                if len(there.unique()) == len(there):  # the place in the output says which it is
+                    labels, out_labels[there] = torch.arange(size), here
+                    part = Part((source, dim), labels, out_labels)
+                    merged.setdefault(out_dim, []).append(part)
+                elif len(here.unique()) == len(here):  # it says where in the output it is
+                    labels[here], out_labels = there, torch.arange(out_size)
+                    part = Part((output, out_dim), out_labels, labels)
+                    split.setdefault(dim, []).append(part)
+                else:
+                    continue
+                related[out_dim] = True
+        for out_dim, parts in merged.items():
+            rules.relations.append(Relation((output, out_dim), tuple(parts)))
+        for dim, parts in split.items():
+            rules.relations.append(Relation((source, dim), tuple(parts)))
+        followed = {*merged, *(part.place[1] for parts in split.values() for part in parts)}
+        for out_dim in range(moved.ndim):
+            supplied = from_here.movedim(out_dim, 0).reshape(shape(output)[out_dim], -1).any(1)
+            if out_dim in followed:
+                made[out_dim] &= ~supplied
+        for out_dim in set(range(moved.ndim)) - followed:
+            supplied = from_here.movedim(out_dim, 0).reshape(shape(output)[out_dim], -1).any(1)
+            made[out_dim] |= supplied
+    rules.made += [
+        ((output, dim), made[dim]) for dim in range(len(made)) if related[dim] and made[dim].any()
+    ]
+
+
+def _linear(operation: Operation, rules: Rules) -> None:
+    input, weight = operation.args[:2]
+    bias = operation.arg(2)
+    last, out_last = len(shape(input)) - 1, len(shape(operation.output)) - 1
+    rules.reads.append(Read(operation, (input, last), (weight, 1), bias))
+    rules.relations.append(same((weight, 0), (operation.output, out_last)))
+    if bias is not None:
+        rules.relations.append(same((bias, 0), (operation.output, out_last)))
+    for dim in range(last):
+        rules.relations.append(same((input, dim), (operation.output, dim)))
+
+
+def _convolve(operation: Operation, rules: Rules) -> None:
+    input, weight = operation.args[:2]
+    bias, output = operation.arg(2), operation.output
+    transposed = operation.target in _CONV_TRANSPOSE
+    groups = operation.arg(6, 1)
+    dim = len(shape(input)) - (len(shape(weight)) - 2) - 1  # 0 where there is no batch dim
+    if not transposed:
+        rules.relations.append(same((weight, 0), (output, dim)))
+    if groups == 1:
+        rules.reads.append(Read(operation, (input, dim), (weight, 0 if transposed else 1), bias))
+        if transposed:
+            rules.relations.append(same((weight, 1), (output, dim)))
+    else:  # whole groups go
+        ins, outs = torch.arange(shape(input)[dim]), torch.arange(shape(output)[dim])
+        in_group = ins // (len(ins) // groups)
+        out_group = outs // (len(outs) // groups)
+        rules.relations.append(_related((input, dim), (output, dim), in_group, out_group))
+        if transposed:
+            rules.relations.append(same((input, dim), (weight, 0)))
+    if bias is not None:
+        rules.relations.append(same((bias, 0), (output, dim)))
+    if dim == 1:
+        rules.relations.append(same((input, 0), (output, 0)))
+
+
+def _multiply(
+    operation: Operation, rules: Rules, left: fx.Node, right: fx.Node, bias: Any = None
+) -> None:
+    """A matrix product of values; `right` may be a weight of shape (in, out)."""
+    output = operation.output
+    rank, rank_right, rank_out = len(shape(left)), len(shape(right)), len(shape(output))
+    if rank < 2 or rank_right < 2:
+        return
+    rules.reads.append(Read(operation, (left, rank - 1), (right, rank_right - 2), bias))
+    rules.reads.append(Read(operation, (right, rank_right - 2), (left, rank - 1), None))
+    rules.relations.append(same((left, rank - 2), (output, rank_out - 2)))
+    rules.relations.append(same((right, rank_right - 1), (output, rank_out - 1)))
+    if bias is not None and shape(bias)[-1] == shape(output)[-1]:
+        rules.relations.append(same((bias, len(shape(bias)) - 1), (output, rank_out - 1)))
+    for factor, its_rank in ((left, rank), (right, rank_right)):
+        for dim in range(its_rank - 2):
+            out_dim = dim + rank_out - its_rank
+            if shape(factor)[dim] == shape(output)[out_dim]:
+                rules.relations.append(same((factor, dim), (output, out_dim)))
+
+
+def _recur(operation: Operation, rules: Rules) -> None:
+    """Its input weights lose columns; its outputs are computed all or none."""
+    input = operation.args[0]
+    weights = operation.args[_RECURRENT[operation.target]]
+    has_biases, layers = operation.args[3], operation.args[4]
+    directions = 2 if operation.args[7] else 1
+    of_one_direction = len(weights) // (layers * directions)
+    for direction in range(directions):  # of the first layer
+        first = direction * of_one_direction
+        bias = weights[first + 2] if has_biases else None
+        place = (input, len(shape(input)) - 1)
+        rules.reads.append(Read(operation, place, (weights[first], 1), bias))
+
+
+def _through(operation: Operation) -> Iterator[Relation]:
+    """Operations that treat some dims entry by entry."""
+    target, output = operation.target, operation.output
+    if not operation.args or not isinstance(operation.args[0], fx.Node):
+        return
+    input = operation.args[0]
+    rank = len(shape(input))
+    dims: dict[int, int] = {}  # of the input, and where they are in the output
+    if target in _CHANNELWISE:
+        dims = {0: 0, 1: 1} if rank > 1 else {}
+    elif target in _MIXING_LAST:
+        dims = {d: d for d in range(rank - _MIXING_LAST[target])}
+    elif target in _NORMALISING:
+        dims = {d: d for d in range(rank - len(operation.args[1]))}
+    elif target in _ALONG_ONE_DIM:
+        dims = {d: d for d in range(rank) if d != operation.args[1] % rank}
+    elif target is aten.group_norm.default:
+        dims = {0: 0}
+    elif target is aten.glu.default:
+        along = operation.arg(1, -1) % rank
+        dims = {d: d for d in range(rank) if d != along}
+        half = shape(output)[along]
+        halves = torch.arange(2 * half) % half
+        yield _related((input, along), (output, along), halves, torch.arange(half))
+    elif target in _REDUCING:
+        given: Any = operation.arg(1)
+        reduced = {given} if isinstance(given, int) else set(given or range(rank))
+        reduced = {d % rank for d in reduced}
+        if rank - len(reduced) == len(shape(output)):
+            dims = {d: d - sum(r < d for r in reduced) for d in range(rank) if d not in reduced}
+        else:
+            dims = {d: d for d in range(rank) if d not in reduced}
+    for dim, out_dim in dims.items():
+        yield same((input, dim), (output, out_dim))
+    if target in _CHANNELWISE and rank > 1:
+        for source in operation.sources[1:]:
+            if shape(source) == (shape(output)[1],):
+                yield same((source, 0), (output, 1))
+    if target is aten.scaled_dot_product_attention.default:
+        for source in operation.sources[1:]:
+            missing = len(shape(output)) - len(shape(source))
+            for dim in range(len(shape(source)) - 2):
+                if shape(source)[dim] == shape(output)[dim + missing]:
+                    yield same((source, dim), (output, dim + missing))
+
+
+def belongs_to_attention(graph: Graph, node: fx.Node) -> bool:
+    """Whether it is a tensor of `nn.MultiheadAttention`, whose code wants all of one size."""
+    for name in graph.names.get(node, []):
+        owner, _, attribute = name.rpartition(".")
+        if isinstance(graph.model.get_submodule(owner), nn.MultiheadAttention):
+            return attribute not in ("k_proj_weight", "v_proj_weight")
+    return False
