@@ -5,6 +5,7 @@ from .insert import insert, remove, replace_dropout, tail_dropouts
 from .layers import TailDropout, TailMLP
 from .pruning import PrunePlan, PruningError, load_pruned, plan_pruning, prune, save_pruned
 from .scree import LiveScree, Scree, scree
+from .widths import WidthPath, choose_widths
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Scree",
     "TailDropout",
     "TailMLP",
+    "WidthPath",
+    "choose_widths",
     "functional",
     "insert",
     "lengths",

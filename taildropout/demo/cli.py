@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import taildropout as td
 
 from ..files import written_whole
+from ..pruning.sweep import seconds_per_call
 from . import data
 from .model import Autoencoder, pca_errors, train
 
@@ -111,7 +111,7 @@ def demo(
     print(f"\n{plan.summary()}")
     with torch.no_grad(), model.bottleneck.using_k(k):
         difference = float((small(images.test) - model(images.test)).abs().max())
-    large_time, small_time = _times_per_batch([model, small], images.test[:1000])
+    large_time, small_time = seconds_per_call([model, small], images.test[:1000])
     print(
         f"\nlargest difference between its outputs and the large network's at k = {k}: "
         f"{difference:.1e}\n"
@@ -190,18 +190,6 @@ def _table(scree: td.Scree, pca: list[float], parameters: list[int], chosen: int
         mark = "  <- chosen" if k == chosen else ""
         lines.append(f"{k:>4}  {loss:.5f} ± {stderr:.5f}    {pca_loss:.5f}  {count:>10,}{mark}")
     return "\n".join(lines)
-
-
-@torch.no_grad()
-def _times_per_batch(models: list[nn.Module], batch: Tensor, repeats: int = 15) -> list[float]:
-    """Median seconds of one call, the models taking turns."""
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(repeats):
-        for model, seconds in zip(models, times, strict=True):
-            start = time.perf_counter()
-            model(batch)
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
 
 
 def _scree_figure(scree: td.Scree, pca: list[float], chosen: int, name: str) -> "Figure":

@@ -207,7 +207,7 @@ class _Constants:
                 known &= ~made
         related = {source[0] for source, _, _ in passes}
         if not moves(operation) and any(
-            source not in related and self.graph.constant(source) is None
+            source not in related and not self.graph.is_constant(source)
             for source in operation.sources
         ):
             known[:] = False
@@ -229,7 +229,7 @@ class _Constants:
         """Which features of the output come from known ones only, and which from zeros only."""
         facts = self.known.get(source)
         if facts is None:
-            known = self.graph.constant(source[0]) is not None
+            known = self.graph.is_constant(source[0])
             return (there >= 0) & known, torch.zeros(len(there), dtype=torch.bool)
         count = 1 + int(max(labels.max(), there.max()))
         unknown, nonzero = torch.zeros(2, 1 + count, dtype=torch.bool)
@@ -239,20 +239,8 @@ class _Constants:
 
     def _evaluate(self, operation: Operation, place: Place, known: Tensor) -> _Known | None:
         """The operation on what is known of its inputs, in float64; unknown features are 0."""
-        values = {}
-        for source in operation.sources:
-            constant = self.graph.constant(source)
-            if constant is None:
-                values_of_source = torch.zeros(shape(source), dtype=torch.float64)
-                for at, facts in self.known.items():
-                    if at[0] is source:
-                        values_of_source = values_of_source + facts.spread(at)
-                dtype = source.meta["val"].dtype
-                constant = (
-                    values_of_source if dtype.is_floating_point else values_of_source.to(dtype)
-                )
-            values[source] = constant.contiguous()
         try:
+            values = {source: self._value(source) for source in operation.sources}
             result = operation.run(values).to("cpu", torch.float64)
         except (RuntimeError, TypeError):  # it can't be run in float64
             return None
@@ -262,6 +250,16 @@ class _Constants:
         same = torch.isclose(rows, rows[:, :1], rtol=1e-12, atol=1e-14).all(1)
         mask = known & same & rows[:, 0].isfinite()
         return _Known(mask, rows[:, 0].masked_fill(~mask, 0))
+
+    def _value(self, source: fx.Node) -> Tensor:
+        if self.graph.is_constant(source):
+            return self.graph.constant(source).contiguous()
+        value = torch.zeros(shape(source), dtype=torch.float64)
+        for at, facts in self.known.items():
+            if at[0] is source:
+                value = value + facts.spread(at)
+        dtype = source.meta["val"].dtype
+        return value if dtype.is_floating_point else value.to(dtype)
 
 
 # --------------------------------------------------------------------------------- what stays
@@ -286,7 +284,7 @@ class _Staying:
         self._reach()
         for place in self.at:
             self._need(place)
-        for read in self._all_reads():
+        for read in self.all_reads():
             self._need_what_is_read(read)
         self._settle()
         while self._mend():
@@ -319,7 +317,7 @@ class _Staying:
         own = self.graph.operations.get(node)
         return [*([] if own is None else [own]), *self.graph.users[node]]
 
-    def _all_reads(self) -> Iterator[Read]:
+    def all_reads(self) -> Iterator[Read]:
         seen = set()
         for node, _ in list(self.at):
             for operation in self._operations_at(node):
@@ -389,7 +387,9 @@ class _Staying:
         facts = self.constants.known.get(read.place)
         if facts is None:
             return torch.zeros(shape(read.place[0])[read.place[1]], dtype=torch.bool)
-        return facts.mask if self._foldable(read, facts) else facts.mask & (facts.value == 0)
+        if facts.value.any() and not self._foldable(read, facts):
+            return facts.mask & (facts.value == 0)
+        return facts.mask
 
     def _foldable(self, read: Read, facts: _Known) -> bool:
         """Whether what the constants add is the same everywhere, and there is a bias for it."""
@@ -471,10 +471,9 @@ class _Staying:
         numbers = torch.arange(source.meta["val"].numel()).view(shape(source))
         values: dict[fx.Node, Tensor] = {source: numbers}
         for other in operation.sources[1:]:
-            constant = self.graph.constant(other)
-            if constant is None:
+            if not self.graph.is_constant(other):
                 return False
-            values[other] = constant
+            values[other] = self.graph.constant(other)
         expected = _pick(operation.run(values), kept_out)
         values[source] = _pick(numbers, kept_in)
         replaced = {}
@@ -534,13 +533,12 @@ def _cuts(graph: Graph, staying: _Staying) -> list[Cut]:
 
 def _folds(graph: Graph, staying: _Staying, constants: _Constants) -> Iterator[Fold]:
     done = set()
-    for read in staying._all_reads():
-        facts = constants.known.get(read.place)
-        name = name_of_bias(graph, read)
+    for read in staying.all_reads():
+        facts, name = constants.known.get(read.place), name_of_bias(graph, read)
         if facts is None or name is None or name in done:
             continue
-        gone = staying.gone(read.place)
-        constant = contribution(graph, read, facts.value * gone)
+        values = facts.value * staying.gone(read.place)
+        constant = contribution(graph, read, values) if values.any() else None
         if constant is None or not constant.any():
             continue
         rows = _rows(read)
@@ -583,9 +581,9 @@ def _stays(graph: Graph, staying: _Staying, k: dict[str, int]) -> Iterator[Stay]
 def contribution(graph: Graph, read: Read, values: Tensor) -> Tensor | None:
     """What constant features add to each output; None where that differs from place to place."""
     operation, (source, dim) = read.operation, read.place
-    weight = graph.constant(read.weight[0])
-    if weight is None:
+    if not graph.is_constant(read.weight[0]):
         return None
+    weight = graph.constant(read.weight[0])
     if is_recurrent(operation):
         return weight @ values
     along = [-1 if d == dim else 1 for d in range(len(shape(source)))]

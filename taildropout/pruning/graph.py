@@ -129,7 +129,7 @@ class Graph:
         for operation in self.operations.values():
             for source in operation.sources:
                 self.users.setdefault(source, []).append(operation)
-        self._constants: dict[fx.Node, Tensor | None] = {}
+        self._is_constant: dict[fx.Node, bool] = {}
 
     def _find_tensors(self, program: Any, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Fill in the parameters and buffers; which nodes are the same tensor as an earlier one."""
@@ -148,26 +148,25 @@ class Graph:
                 self.names[node] = [name for name, t in tensors.items() if t is value]
         return same
 
-    def constant(self, node: fx.Node) -> Tensor | None:
-        """In float64 on the CPU, what does not depend on the inputs; None for what does."""
-        if node not in self._constants:
-            self._constants[node] = self._evaluate_constant(node)
-        return self._constants[node]
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the value does not depend on the inputs."""
+        if node not in self._is_constant:
+            operation = self.operations.get(node)
+            self._is_constant[node] = node in self._tensors or (
+                operation is not None
+                and operation.target is not LAYER
+                and len(operation.sources) > 0
+                and all(self.is_constant(source) for source in operation.sources)
+            )
+        return self._is_constant[node]
 
-    def _evaluate_constant(self, node: fx.Node) -> Tensor | None:
+    def constant(self, node: fx.Node) -> Tensor:
+        """The value of what is constant, in float64 on the CPU."""
         if node in self._tensors:
             value = self._tensors[node].cpu()
             return value.double() if value.is_floating_point() else value
-        operation = self.operations.get(node)
-        if operation is None or not operation.sources:
-            return None
-        values = {source: self.constant(source) for source in operation.sources}
-        if operation.target is LAYER or any(value is None for value in values.values()):
-            return None
-        try:
-            return operation.run(values).to("cpu")  # type: ignore[arg-type]
-        except (RuntimeError, TypeError):
-            return None
+        operation = self.operations[node]
+        return operation.run({source: self.constant(source) for source in operation.sources})
 
     def layer_widths(self, name: str) -> set[int]:
         """The numbers of features with which a layer is called."""

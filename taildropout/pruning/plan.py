@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,12 @@ from ..insert import Inputs, call, tail_dropouts
 from .analysis import Cut, Fit, Fold, Stay, analyse
 from .graph import PruningError, structural_copy, tensors_by_name
 from .surgery import operate
+from .sweep import Sweep, SweepPoint, seconds_per_call
 
 FORMAT = 1
+
+# Up to this number of parameters a plan is verified in float64; beyond, that is too much memory.
+MOST_IN_FLOAT64 = 2**25
 
 # The largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -40,6 +44,17 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A module that is cut: its weights' shapes and its cost, before and after."""
+
+    module: str
+    type: str
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    before: Cost
+    after: Cost
+
+
+@dataclass(frozen=True)
 class PrunePlan:
     """What goes from a model when its layers are pruned to k. Made by `plan_pruning`.
 
@@ -50,8 +65,11 @@ class PrunePlan:
         folds: the constants that the columns that go contributed, added to biases.
         fits: the layers that slice what arrives or add zeros, since a neighbour can't be cut.
         stays: what can't go although k says so, and why.
+        changes: the modules that are cut.
         before: parameters and FLOPs of the model.
         after: the same of the pruned one.
+        model: the one that the plan was made for.
+        example_inputs: what it was analysed with.
     """
 
     k: dict[str, int]
@@ -60,18 +78,24 @@ class PrunePlan:
     folds: list[Fold]
     fits: list[Fit]
     stays: list[Stay]
+    changes: list[Change]
     before: Cost
     after: Cost
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(repr=False)
+    model: nn.Module = field(repr=False)
     example_inputs: Inputs = field(repr=False)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         """A pruned copy of the model, verified; the model itself is left untouched.
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
         are still in place, with no k set. It is compared with the model with k set on the
-        example inputs and on random ones, in float64 where the model allows.
+        example inputs and on random ones, also in another batch size where the model takes it.
+
+        Args:
+            model: the one that the plan was made for, perhaps trained further.
+            dtype: what to compare in. None: float64 where the model allows and has no more than
+                2^25 parameters, else its own dtype, which takes no further copy of the weights.
 
         Raises:
             PruningError: the two differ by more than rounding, or the model is not the one that
@@ -80,31 +104,84 @@ class PrunePlan:
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
-        self._verify(model)
+        few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
+        if dtype is None and few:
+            dtype = torch.float64
+        self._verify(model, small, dtype)
         return small
 
+    def sweep(self, ks: Iterable[int | Mapping[str, int]], *, repeats: int = 15) -> Sweep:
+        """What the network would cost at other ks: parameters, FLOPs, and measured time.
+
+        Args:
+            ks: as the k of `plan_pruning`.
+            repeats: the time of one call on the example inputs is the median of so many, and the
+                networks take turns.
+
+        Example:
+            >>> from taildropout import TailDropout
+            >>> model = nn.Sequential(nn.Linear(8, 16), TailDropout(), nn.Linear(16, 4))
+            >>> sweep = plan_pruning(model, 5, torch.randn(2, 8)).sweep([2, 8, 16])
+            >>> [point.parameters for point in sweep.points]
+            [30, 108, 212]
+        """
+        ks = list(ks)
+        plans = [plan_pruning(self.model, k, self.example_inputs) for k in ks]
+        small = [plan._cut_copy(self.model).eval() for plan in plans]
+        for model in small:
+            for layer in tail_dropouts(model).values():
+                layer.set_k(None)
+        seconds = seconds_per_call(small, self.example_inputs, repeats)
+        return Sweep(
+            [
+                SweepPoint(k, plan.after.parameters, plan.after.flops, time)
+                for k, plan, time in zip(ks, plans, seconds, strict=True)
+            ]
+        )
+
     def summary(self) -> str:
-        """What goes, as a table: tensors with their shapes, parameters and FLOPs."""
-        lines = []
+        """What goes, module by module, with parameters and FLOPs; what stays and why."""
+        lines = self._headings()
+        rows = [("module", "type", "weights", "parameters", "FLOPs"), *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines + self._remarks())
+
+    def __rich__(self) -> Any:
+        """What `rich.print` shows: the summary, with the rows as a table."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("module", "type", "weights", "parameters", "FLOPs")
+        for row in self._rows():
+            table.add_row(*row)
+        return Group(*self._headings(), table, *self._remarks())
+
+    def _headings(self) -> list[str]:
+        headings = []
         for name, k in self.k.items():
             note = "" if k < self.n[name] else ": nothing to remove"
-            lines.append(f"TailDropout {name!r}: k = {k} of {self.n[name]} features{note}")
-        rows = [("", "before", "after")]
-        for name, shapes in self.shapes.items():
-            before, after = (" x ".join(map(str, shape)) for shape in shapes)
-            rows.append((name, before, after))
-        rows.append(("parameters", f"{self.before.parameters:,}", f"{self.after.parameters:,}"))
-        rows.append(("FLOPs", f"{self.before.flops:,}", f"{self.after.flops:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines += [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-        lines += [
+            headings.append(f"TailDropout {name!r}: k = {k} of {self.n[name]} features{note}")
+        return headings
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        rows = []
+        for change in self.changes:
+            shapes = ", ".join(f"{_size(a)} -> {_size(b)}" for a, b in change.shapes.values())
+            rows.append(
+                (change.module, change.type, shapes, *_from_to(change.before, change.after))
+            )
+        return [*rows, ("all", "", "", *_from_to(self.before, self.after))]
+
+    def _remarks(self) -> list[str]:
+        remarks = [
             f"{fold.name} takes in the constant of the columns that go" for fold in self.folds
         ]
-        lines += [
-            f"{stay.side} of layer {stay.layer!r} stays: {stay.name} {stay.reason}"
-            for stay in self.stays
+        return remarks + [
+            f"{stay.side} of {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
-        return "\n".join(lines)
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:
         tensors = tensors_by_name(model)
@@ -115,24 +192,30 @@ class PrunePlan:
         operate(small, self.cuts, self.folds, self.fits)
         return small
 
-    def _verify(self, model: nn.Module) -> None:
+    def _verify(self, model: nn.Module, small: nn.Module, dtype: torch.dtype | None) -> None:
         examples = [self.example_inputs, tree_map(_random_like, self.example_inputs)]
-        large = copy.deepcopy(model).eval()
-        try:
-            large.double()
-            examples_64 = tree_map(_in_float64, examples)
-            for inputs in examples_64:
-                _run(large, inputs)
-            examples = examples_64
-        except Exception:  # the model insists on its own dtype
-            large = copy.deepcopy(model).eval()
-        small = self._cut_copy(large)
+        large, small = _with_own_buffers(model).eval(), _with_own_buffers(small).eval()
+        if dtype is not None:
+            try:
+                precise = copy.deepcopy(model).eval().to(dtype)
+                converted = tree_map(lambda value: _to(value, dtype), examples)
+                for inputs in converted:
+                    _run(precise, inputs)
+                large, small, examples = precise, self._cut_copy(precise), converted
+            except Exception:  # the model insists on its own dtype
+                pass
         for name, k in self.k.items():
             tail_dropouts(large)[name].set_k(k)
+        for layer in tail_dropouts(small).values():
+            layer.set_k(None)
         for inputs in examples:
-            expected = _run(large, inputs)
-            actual = _run_pruned(small, inputs)
-            _compare(self.k, expected, actual)
+            _compare(self.k, large, small, inputs, _run(large, inputs))
+        doubled = _of_twice_the_batch(examples[1])
+        try:
+            expected = _run(large, doubled)
+        except Exception:  # the model takes batches of one size
+            return
+        _compare(self.k, large, small, doubled, expected)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan without its tensors and inputs, as plain data."""
@@ -151,9 +234,13 @@ def plan_pruning(
 ) -> PrunePlan:
     """Find out what goes from a model when its TailDropout layers are pruned to k.
 
-    The model must be a chain around each layer: a Linear or Conv computes the features, a Linear
-    or Conv reads them, and between these and the layer are elementwise functions, BatchNorm,
-    pooling, reshaping and dropout only. Anything else is refused.
+    The dataflow is read from `torch.export`. In front of a layer, what computes the tail goes:
+    rows of a Linear or Conv, columns of an Embedding, entries of BatchNorm and other parameters
+    on the way. Behind it, what reads the tail goes: columns of a Linear, Conv or recurrent layer,
+    whose bias takes in what they contributed. Elementwise functions, pooling, reshaping,
+    concatenation, gating and residual additions pass features on. What can't be cut such that the
+    result is the same on every input stays (`plan.stays` says why), and the layer slices what
+    arrives or adds zeros instead.
 
     Args:
         model: in any mode; it is left untouched, and analysed in eval mode.
@@ -163,8 +250,8 @@ def plan_pruning(
             (`model(**inputs)`) with at least one sample.
 
     Raises:
-        PruningError: what k removes can't be removed such that the outputs provably stay; the
-            message says what is in the way.
+        PruningError: the model can't be exported, does not call a layer, or does not run after
+            it was cut (a size is written in its code).
         ValueError: no layer, no k, an unknown layer name, or k outside 0, ..., n.
         TypeError: k is not an integer.
 
@@ -173,17 +260,16 @@ def plan_pruning(
         >>> model = nn.Sequential(nn.Linear(8, 16), TailDropout(), nn.ReLU(), nn.Linear(16, 4))
         >>> print(plan_pruning(model, 5, torch.randn(2, 8)).summary())
         TailDropout '1': k = 5 of 16 features
-                    before  after
-        0.weight    16 x 8  5 x 8
-        0.bias          16      5
-        3.weight    4 x 16  4 x 5
-        parameters     212     69
-        FLOPs          768    240
+        module  type    weights          parameters  FLOPs
+        0       Linear  16 x 8 -> 5 x 8  144 -> 45   512 -> 160
+        3       Linear  4 x 16 -> 4 x 5  68 -> 24    256 -> 80
+        all                              212 -> 69   768 -> 240
     """
     findings = analyse(model, _layer_ks(model, k), example_inputs)
     small = _with_own_buffers(model)
     operate(small, findings.cuts, findings.folds, findings.fits)
-    tensors, small_tensors = tensors_by_name(model), tensors_by_name(small)
+    before = _costs(_with_own_buffers(model), example_inputs)
+    after = _costs(small, example_inputs)
     return PrunePlan(
         findings.k,
         findings.n,
@@ -191,13 +277,11 @@ def plan_pruning(
         findings.folds,
         findings.fits,
         findings.stays,
-        before=_cost(_with_own_buffers(model), example_inputs),
-        after=_cost(small, example_inputs),
-        shapes={
-            cut.name: (tuple(tensors[cut.name].shape), tuple(small_tensors[cut.name].shape))
-            for cut in findings.cuts
-        },
-        example_inputs=example_inputs,
+        _changes(model, small, findings.cuts, before, after),
+        before[""],
+        after[""],
+        model,
+        example_inputs,
     )
 
 
@@ -324,12 +408,53 @@ def _with_own_buffers(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _cost(model: nn.Module, inputs: Inputs) -> Cost:
+def _costs(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
+    """Of every module by name, "" for the whole model."""
     for layer in tail_dropouts(model).values():
         layer.set_k(None)
     with FlopCounterMode(display=False) as counter:
         _run_pruned(model.eval(), inputs)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    costs = {}
+    for name, module in model.named_modules():
+        parameters = sum(p.numel() for p in module.parameters())
+        flops = sum(counts.get(f"{root}.{name}" if name else "Global", {}).values())
+        costs[name] = Cost(parameters, int(flops))
+    return costs
+
+
+def _changes(
+    model: nn.Module,
+    small: nn.Module,
+    cuts: list[Cut],
+    before: Mapping[str, Cost],
+    after: Mapping[str, Cost],
+) -> list[Change]:
+    large_tensors, small_tensors = tensors_by_name(model), tensors_by_name(small)
+    shapes: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for cut in cuts:
+        module, _, attribute = cut.name.rpartition(".")
+        if large_tensors[cut.name].ndim > 1 or "weight" in attribute or not module:
+            pair = tuple(large_tensors[cut.name].shape), tuple(small_tensors[cut.name].shape)
+            shapes.setdefault(module, {})[attribute] = pair
+        else:
+            shapes.setdefault(module, {})
+    return [
+        Change(name, type(model.get_submodule(name)).__name__, pairs, before[name], after[name])
+        for name, pairs in shapes.items()
+    ]
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _from_to(before: Cost, after: Cost) -> tuple[str, str]:
+    return (
+        f"{before.parameters:,} -> {after.parameters:,}",
+        f"{before.flops:,} -> {after.flops:,}",
+    )
 
 
 @torch.no_grad()
@@ -360,11 +485,40 @@ def _random_like(value: Any) -> Any:
     return value.flatten()[index.to(value.device)]
 
 
-def _in_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _compare(k: dict[str, int], expected: Any, actual: Any) -> None:
+def _of_twice_the_batch(inputs: Inputs) -> Any:
+    """Every tensor along whose first dim the samples lie, twice."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    batch = len(tensors[0]) if tensors else 0
+
+    def twice(value: Any) -> Any:
+        has_samples = isinstance(value, Tensor) and value.ndim and len(value) == batch
+        return torch.cat([value, value]) if has_samples else value
+
+    return tree_map(twice, inputs)
+
+
+def _compare(
+    k: dict[str, int], large: nn.Module, small: nn.Module, inputs: Inputs, expected: Any
+) -> None:
+    difference, scale = _difference(expected, _run_pruned(small, inputs))
+    if difference is None:
+        return
+    message = (
+        f"the pruned network must compute what the model computes with k={k}, but differs by up "
+        f"to {difference:.3g} where the outputs are up to {scale:.3g}"
+    )
+    module = _first_that_differs(large, small, inputs)
+    if module is not None:
+        message += f", first in the output of module {module!r}"
+    raise PruningError(f"{message}. (If the weights have changed since plan_pruning, plan again.)")
+
+
+def _difference(expected: Any, actual: Any) -> tuple[float | None, float]:
+    """The largest difference and the largest output, where that is more than rounding."""
     for one, other in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
         if not isinstance(one, Tensor) or one.numel() == 0:
             continue
@@ -377,11 +531,33 @@ def _compare(k: dict[str, int], expected: Any, actual: Any) -> None:
         difference = torch.where(same, 0, (one - other).abs()).max().item()
         scale = one.nan_to_num(posinf=0, neginf=0).abs().max().item()
         if not difference <= TOLERANCE.get(one.dtype, 0) * max(scale, 1e-30):
-            raise PruningError(
-                f"the pruned network must compute what the model computes with k={k}, but differs "
-                f"by up to {difference:.3g} where the outputs are up to {scale:.3g}. (If the "
-                "weights have changed since plan_pruning, plan again.)"
+            return difference, scale
+    return None, 0.0
+
+
+def _first_that_differs(large: nn.Module, small: nn.Module, inputs: Inputs) -> str | None:
+    """The first module to return whose output has kept its shape, but not its values."""
+    outputs: list[list[tuple[str, Tensor]]] = []
+    for model in (large, small):
+        seen: list[tuple[str, Tensor]] = []
+        handles = [
+            module.register_forward_hook(
+                lambda module, args, output, name=name, seen=seen: seen.append((name, output))
             )
+            for name, module in model.named_modules()
+            if name
+        ]
+        try:
+            _run(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs.append(seen)
+    for (name, one), (_, other) in zip(*outputs, strict=False):
+        comparable = isinstance(one, Tensor) and isinstance(other, Tensor)
+        if comparable and one.shape == other.shape and _difference(one, other)[0] is not None:
+            return str(name)
+    return None
 
 
 def _check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:

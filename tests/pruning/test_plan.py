@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import io
 import json
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -707,14 +709,31 @@ def test_the_summary_counts_parameters_and_flops():
         assert cost.flops == 2 * 5 * (4 * n * 27 + 4 * n * 7)
     assert plan.summary().splitlines() == [
         "TailDropout '1': k = 30 of 100 features",
-        "                     before           after",
-        "0.weight    100 x 3 x 3 x 3  30 x 3 x 3 x 3",
-        "0.bias                  100              30",
-        "4.weight            7 x 400         7 x 120",
-        "parameters            5,607           1,687",
-        "FLOPs               136,000          40,800",
+        "module  type    weights                            parameters      FLOPs",
+        "0       Conv2d  100 x 3 x 3 x 3 -> 30 x 3 x 3 x 3  2,800 -> 840    108,000 -> 32,400",
+        "4       Linear  7 x 400 -> 7 x 120                 2,807 -> 847    28,000 -> 8,400",
+        "all                                                5,607 -> 1,687  136,000 -> 40,800",
         "4.bias takes in the constant of the columns that go",
     ]
+
+
+def test_the_summary_says_what_stays_and_why():
+    model = nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.LayerNorm(4))
+    assert td.plan_pruning(model, 2, X).summary().splitlines()[-1] == (
+        "behind of '1' stays: layer_norm in module '2' needs all features at once, or is not "
+        "supported"
+    )
+
+
+def test_rich_shows_the_summary_as_a_table():
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=120, record=True, file=io.StringIO())
+    plan = td.plan_pruning(chain(4, nn.Sigmoid()), 2, X)
+    console.print(plan)
+    shown = console.export_text()
+    for line in plan.summary().splitlines()[1:]:
+        for cell in re.split(r"  +", line):
+            assert cell in shown
 
 
 def test_the_summary_says_where_nothing_goes():
@@ -805,6 +824,49 @@ def test_weights_that_changed_since_planning_are_caught():
         PruningError, match="the weights have changed since plan_pruning, plan again"
     ):
         plan.apply(model)
+
+
+def test_the_module_that_differs_first_is_named():
+    model = nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.Linear(4, 4), nn.Linear(4, 3))
+    plan = td.plan_pruning(model, 2, X)
+    wrong = dataclasses.replace(
+        plan, cuts=[dataclasses.replace(cut, keep=(2, 3)) for cut in plan.cuts]
+    )
+    with pytest.raises(PruningError, match=r"k=\{'1': 2\}.* first in the output of module '2'"):
+        wrong.apply(model)
+
+
+class ForTwo(nn.Module):
+    """Cut wrongly, it is right for batches of two samples."""
+
+    def forward(self, x):
+        return x if len(x) == 2 else 2 * x
+
+
+def test_other_batch_sizes_are_verified(monkeypatch):
+    model = nn.Sequential(*chain(4), ForTwo())
+    plan = td.plan_pruning(model, 2, torch.zeros(2, 5))
+    cut_copy = type(plan)._cut_copy
+
+    def wrong(plan, model):
+        small = cut_copy(plan, model)
+        small[-1].forward = lambda x: x
+        return small
+
+    monkeypatch.setattr(type(plan), "_cut_copy", wrong)
+    with pytest.raises(PruningError, match="differs by up to"):
+        plan.apply(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verification_in_a_dtype_that_is_asked_for(dtype):
+    seen = []
+    model = chain(4)
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    plan = td.plan_pruning(model, 2, X)
+    seen.clear()
+    plan.apply(model, dtype=dtype)
+    assert set(seen) == {dtype}
 
 
 def test_a_cut_of_one_side_only_is_caught():
