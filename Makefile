@@ -35,7 +35,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/order.py
 
 figures: $(READY)
-	$(BIN)/python docs/figures.py
+	$(BIN)/python -m docs.figures
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -36,6 +36,7 @@ from .rules import (
     Rules,
     aten,
     belongs_to_attention,
+    has_sizes,
     is_product,
     is_recurrent,
     moves,
@@ -95,8 +96,14 @@ class Findings:
     stays: list[Stay] = field(default_factory=list)
 
 
-def analyse(model: nn.Module, k: dict[str, int], example_inputs: Inputs) -> Findings:
+def analyse(
+    model: nn.Module, k: dict[str, int], example_inputs: Inputs, *, trust_sizes: bool = True
+) -> Findings:
     """Find all cuts that setting `k` (by layer name) allows.
+
+    The dataflow does not tell a reshape by sizes that stand in the model's code from one by the
+    sizes of its input. With `trust_sizes` it is taken for the latter. Without, features stay that
+    are reshaped or split.
 
     Raises:
         PruningError: the model can't be exported, or it does not call a layer.
@@ -119,7 +126,7 @@ def analyse(model: nn.Module, k: dict[str, int], example_inputs: Inputs) -> Find
         ks[name] = value
     rules = _RulesOfAll(graph, ks)
     constants = _Constants(graph, rules, ks)
-    staying = _Staying(graph, rules, constants, ks)
+    staying = _Staying(graph, rules, constants, ks, trust_sizes)
     return Findings(
         k,
         n,
@@ -165,9 +172,10 @@ class _Constants:
     def __init__(self, graph: Graph, rules: _RulesOfAll, ks: dict[str, int]) -> None:
         self.graph, self.rules = graph, rules
         self.known: dict[Place, _Known] = {}
+        self.lost: dict[Place, str] = {}  # the operation behind which features are no constants
         for node, operation in graph.operations.items():
-            nodes = {at for at, _ in self.known}
-            if nodes.intersection(operation.sources):
+            nodes = {at for at, _ in [*self.known, *self.lost]}
+            if nodes.intersection(operation.sources):  # something is known, or was
                 for dim in range(len(shape(node))):
                     self._find((node, dim), operation)
             if operation.target is LAYER and operation.args[1] in ks:
@@ -190,8 +198,12 @@ class _Constants:
             for source, labels, output, there in relation.passes(operation.output)
             if output == place
         ]
+        for source, _, _ in passes:
+            if source in self.lost:
+                self.lost[place] = self.lost[source]
         if not any(source in self.known for source, _, _ in passes):
             return
+        self.lost.setdefault(place, where(operation))  # unless all goes well
         size = shape(place[0])[place[1]]
         known, zero = torch.ones(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
         for node in {source[0] for source, _, _ in passes}:
@@ -220,10 +232,12 @@ class _Constants:
             known &= there >= 0
             value = self.known[source].value[there.clamp(min=0)].masked_fill(~known, 0)
             self.known[place] = _Known(known, value)
+            self.lost.pop(place)
             return
         evaluated = self._evaluate(operation, place, known)
         if evaluated is not None and evaluated.mask.any():
             self.known[place] = evaluated
+            self.lost.pop(place)
 
     def _passed(self, source: Place, labels: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Which features of the output come from known ones only, and which from zeros only."""
@@ -275,9 +289,15 @@ class _Staying:
     """For each place that features reach: 0 for those that go, else the number of a reason."""
 
     def __init__(
-        self, graph: Graph, rules: _RulesOfAll, constants: _Constants, ks: dict[str, int]
+        self,
+        graph: Graph,
+        rules: _RulesOfAll,
+        constants: _Constants,
+        ks: dict[str, int],
+        trust_sizes: bool,
     ) -> None:
         self.graph, self.rules, self.constants, self.ks = graph, rules, constants, ks
+        self.trust_sizes = trust_sizes
         self.reasons: list[_Reason] = [_Reason("", "")]
         self.at: dict[Place, Tensor] = {}
         self.ties: dict[Place, list[Relation]] = {}
@@ -379,6 +399,11 @@ class _Staying:
             text = "can't take in the constants that it reads there: it has zeros at the border, "
             text += "or no bias of its own"
             self._keep(read.place, facts.mask & ~can_go, where(read.operation), text)
+        if read.place in self.constants.lost:
+            text = (
+                f"makes them differ from sample to sample, and {where(read.operation)} reads them"
+            )
+            self._keep(read.place, ~can_go, self.constants.lost[read.place], text)
         text = "reads them too, where they are not constant"
         self._keep(read.place, ~can_go, where(read.operation), text)
 
@@ -456,12 +481,29 @@ class _Staying:
                     first = torch.arange(len(gone)) == 0
                     text = "can't be run by torch on no features"
                     changed |= self._keep(place, first, where(operation), text)
+                if not self.trust_sizes and has_sizes(operation):
+                    text = "has sizes in the model's code, which pruning would change"
+                    changed |= self._keep(place, None, where(operation), text)
                 if takes_by_number(operation) and not self._takes_the_same(operation):
                     text = "takes features by their number, which pruning would change"
                     changed |= self._keep(place, None, where(operation), text)
+        for node, operation in self.graph.operations.items():
+            if operation.target is LAYER:
+                changed |= self._keep_a_prefix((node, layer_dim(operation)), operation)
         for name in self.ks:
             changed |= self._keep_calls_alike(name)
         return changed
+
+    def _keep_a_prefix(self, place: Place, operation: Operation) -> bool:
+        """What a layer keeps are its first features still, so that a smaller k means the same."""
+        if place not in self.at:
+            return False
+        stays = self.at[place][: self.ks.get(operation.args[1])]
+        first = torch.arange(len(self.at[place])) < 1 + max(
+            stays.nonzero().flatten().tolist(), default=-1
+        )
+        text = "keeps its first features without a gap"
+        return self._keep(place, first, where(operation), text)
 
     def _takes_the_same(self, operation: Operation) -> bool:
         """Whether an operation with positions in its arguments still takes what it should."""

@@ -265,11 +265,18 @@ def plan_pruning(
         3       Linear  4 x 16 -> 4 x 5  68 -> 24    256 -> 80
         all                              212 -> 69   768 -> 240
     """
-    findings = analyse(model, _layer_ks(model, k), example_inputs)
-    small = _with_own_buffers(model)
-    operate(small, findings.cuts, findings.folds, findings.fits)
+    ks = _layer_ks(model, k)
+    for trust_sizes in (True, False):
+        findings = analyse(model, ks, example_inputs, trust_sizes=trust_sizes)
+        small = _with_own_buffers(model)
+        operate(small, findings.cuts, findings.folds, findings.fits)
+        try:
+            after = _costs(small, example_inputs)
+            break
+        except PruningError:
+            if not trust_sizes:
+                raise
     before = _costs(_with_own_buffers(model), example_inputs)
-    after = _costs(small, example_inputs)
     return PrunePlan(
         findings.k,
         findings.n,
@@ -576,7 +583,9 @@ def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        flat = torch.empty(tensors[name].numel(), dtype=tensors[name].dtype)  # of stride 1
+        flat.copy_(tensors[name].reshape(-1))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -144,6 +144,11 @@ def takes_by_number(operation: Operation) -> bool:
     return operation.target in _TAKING
 
 
+def has_sizes(operation: Operation) -> bool:
+    """Whether sizes of its input or output stand among its arguments."""
+    return operation.target in _SIZED
+
+
 # ---------------------------------------------------------------------------------- operations
 
 _LINEAR = {aten.linear.default}
@@ -192,6 +197,16 @@ _TAKING = {
     aten.narrow.default,
     aten.index_select.default,
     aten.roll.default,
+}
+# Their arguments are sizes.
+_SIZED = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unflatten.int,
+    aten.expand.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
 }
 # They put every entry of their inputs somewhere, or nowhere, and change none.
 _MOVING = _TAKING | {

@@ -77,7 +77,8 @@ def assert_same(actual, expected):
 
 
 def bits(tensor):
-    data = tensor.detach().reshape(-1).view(torch.uint8).tolist()
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    data = flat.view(torch.uint8).tolist()
     return {"dtype": tensor.dtype, "shape": tuple(tensor.shape), "bits": data}
 
 
