@@ -8,24 +8,9 @@ from .scree import LiveScree, Scree, scree
 from .widths import WidthPath, choose_widths
 
 __version__ = "0.1.0"
+# fmt: off
 __all__ = [
-    "LiveScree",
-    "PrunePlan",
-    "PruningError",
-    "Scree",
-    "TailDropout",
-    "TailMLP",
-    "WidthPath",
-    "choose_widths",
-    "functional",
-    "insert",
-    "lengths",
-    "load_pruned",
-    "plan_pruning",
-    "prune",
-    "remove",
-    "replace_dropout",
-    "save_pruned",
-    "scree",
-    "tail_dropouts",
+    "LiveScree", "PrunePlan", "PruningError", "Scree", "TailDropout", "TailMLP", "WidthPath",
+    "choose_widths", "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune",
+    "remove", "replace_dropout", "save_pruned", "scree", "tail_dropouts",
 ]

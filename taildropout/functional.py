@@ -366,9 +366,10 @@ def prefix_linear(
     total = rows.new_zeros(len(rows), len(weight))
     total = total if bias is None else total + bias.to(dtype)
     totals = []
-    for rows_b, columns_b in zip(rows.split(widths, 1), columns.split(widths, 1), strict=True):
-        total = torch.addmm(total, rows_b, columns_b.T)
-        totals.append(total)
+    with torch.autocast(rows.device.type, enabled=False):  # which would add up in low precision
+        for rows_b, columns_b in zip(rows.split(widths, 1), columns.split(widths, 1), strict=True):
+            total = torch.addmm(total, rows_b, columns_b.T)
+            totals.append(total)
     result = torch.stack(totals).to(input.dtype).view(len(ends), *leading, len(weight))
     if list(asked) == ends:
         return result

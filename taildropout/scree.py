@@ -18,6 +18,7 @@ from .fanout import FanOut, FanOutError
 from .functional import check_k, check_k_at_most
 from .insert import Inputs, call, tail_dropouts
 from .layers import TailDropout, TailMLP
+from .pruning.fitted import FittedTailDropout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,9 +211,14 @@ def scree(
                 except FanOutError as error:
                     fan_out = None
                     log.info("scree of layer %r runs each k by itself: %s", name, error)
-            trusted = fan_out is not None and fan_out.checked
-            measure = fan_out.losses if fan_out is not None and trusted else one_by_one
-            moments.add(measure(inputs, target, chosen))
+            losses: Tensor | None = None
+            if fan_out is not None and fan_out.checked:
+                try:
+                    losses = fan_out.losses(inputs, target, chosen)
+                except Exception as error:  # this batch took another way through the network
+                    fan_out = None
+                    log.info("scree of layer %r runs each k by itself from here: %s", name, error)
+            moments.add(one_by_one(inputs, target, chosen) if losses is None else losses)
     chosen, moments = _of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
@@ -308,7 +314,10 @@ def _width(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> i
     widths: list[int] = []
 
     def look(module: TailDropout, args: Any, output: Tensor) -> None:
-        widths.append(output.shape[module.dropout_dim])
+        if isinstance(module, FittedTailDropout):  # zeros come behind its features
+            widths.append(module.width)
+        else:
+            widths.append(output.shape[module.dropout_dim])
 
     handle = layer.register_forward_hook(look)
     try:

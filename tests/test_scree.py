@@ -555,3 +555,22 @@ def test_a_table_for_pandas():
     assert table.index.tolist() == result.ks
     assert table["loss"].tolist() == result.loss.tolist()
     assert table["stderr"].tolist() == result.stderr.tolist()
+
+
+@pytest.mark.parametrize("side", ["in front", "behind"])
+def test_a_pruned_network_that_was_cut_on_one_side_only(side):
+    """Its layer slices or adds zeros; its ks are still those of the layer."""
+    between = [nn.LayerNorm(6)]
+    model = nn.Sequential(
+        nn.Linear(4, 6),
+        *(between if side == "in front" else []),
+        TailDropout(),
+        *(between if side == "behind" else []),
+        nn.Linear(6, 3),
+    )
+    data = [(torch.randn(8, 4), torch.randn(8, 3))]
+    small = td.prune(model, 4, data[0][0])
+    large_scree = td.scree(model, nn.MSELoss(), data, ks=range(5), progress=False)
+    small_scree = td.scree(small, nn.MSELoss(), data, progress=False)
+    assert small_scree.ks == [0, 1, 2, 3, 4]
+    assert_close(small_scree.loss, large_scree.loss, rtol=1e-5, atol=1e-7)

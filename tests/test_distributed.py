@@ -1,0 +1,252 @@
+"""Several processes, over gloo: scree on shards, DistributedDataParallel, FSDP2, checkpointing."""
+
+import contextlib
+import datetime
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import taildropout as td
+from taildropout import Scree, TailDropout, TailMLP
+
+N = 6
+SECONDS = 120  # for a hang to be noticed, far more than anything here takes
+
+
+def join(rank, world, meeting_point):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting_point}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=SECONDS),
+    )
+
+
+class Processes:
+    """A group of processes, each with its rank, that run functions of this file."""
+
+    def __init__(self, world, meeting_point):
+        spawn = torch.multiprocessing.get_context("spawn")
+        self.world = world
+        self.executors = [
+            ProcessPoolExecutor(1, spawn, initializer=join, initargs=(rank, world, meeting_point))
+            for rank in range(world)
+        ]
+
+    def run(self, function, *args):
+        """What the function returns in each process."""
+        futures = [executor.submit(function, *args) for executor in self.executors]
+        return [future.result(timeout=SECONDS) for future in futures]
+
+    def close(self):
+        with contextlib.suppress(Exception):
+            self.run(dist.destroy_process_group)
+        for executor in self.executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory):
+    group = Processes(request.param, tmp_path_factory.mktemp("group") / "meeting-point")
+    yield group
+    group.close()
+
+
+# --- scree ---------------------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, N), nn.Tanh(), TailDropout(), nn.Linear(N, 3))
+
+
+def rows(start, end):
+    """A part of always the same 60 samples."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(60, 4, generator=generator)
+    return inputs[start:end], torch.randn(60, 3, generator=generator)[start:end]
+
+
+def measure(shares, ks=None):
+    """Scree of this process's share: the bounds of its batches."""
+    data = [rows(start, end) for start, end in shares[dist.get_rank()]]
+    chosen = None if ks is None else ks[dist.get_rank()]
+    result = td.scree(network(), nn.MSELoss(), data, ks=chosen, progress=False)
+    return result.to_dict(), result.choose(0.1)
+
+
+UNEVEN = [[(0, 20), (20, 37)], [(37, 38)], [(38, 60)]]
+NONE_IN_THE_FIRST = [[], [(0, 9), (9, 37)], [(37, 60)]]
+ALL_IN_THE_LAST = [[], [], [(0, 60)]]
+AN_EMPTY_BATCH = [[(0, 0)], [(0, 30)], [(30, 60), (60, 60)]]
+
+
+def shares_of(world, shares):
+    """For so many processes: those left over go to the last one."""
+    return [*shares[: world - 1], [share for rest in shares[world - 1 :] for share in rest]]
+
+
+@pytest.mark.parametrize("shares", [UNEVEN, NONE_IN_THE_FIRST, ALL_IN_THE_LAST, AN_EMPTY_BATCH])
+def test_scree_of_shards_is_that_of_one_process(processes, shares):
+    shares = shares_of(processes.world, shares)
+    alone = td.scree(network(), nn.MSELoss(), [rows(0, 60)], progress=False)
+    results = processes.run(measure, shares)
+    assert results == [results[0]] * processes.world
+    together = Scree.from_dict(results[0][0])
+    assert (together.layer, together.ks, together.count) == (alone.layer, alone.ks, 60)
+    assert_close(together.loss, alone.loss, rtol=1e-6, atol=0)
+    assert_close(together.cov, alone.cov, rtol=1e-6, atol=1e-6 * alone.cov.max().item())
+    assert results[0][1] == alone.choose(0.1)
+
+
+def raises_value_error(*args):
+    with pytest.raises(ValueError, match=args[0]):
+        measure(*args[1:])
+
+
+def test_no_data_anywhere_is_an_error_in_every_process(processes):
+    processes.run(raises_value_error, "at least one sample", [[]] * processes.world)
+
+
+def test_different_ks_are_an_error_in_every_process(processes):
+    shares = shares_of(processes.world, UNEVEN)
+    ks = [[0, N], *[[0, 1, N]] * (processes.world - 1)]
+    processes.run(raises_value_error, "must measure the same ks", shares, ks)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def tail_mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Sequential(TailMLP(5, N, 3, blocks=3)))
+
+
+def checkpointed():
+    return Checkpointed(network())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+SIZE = 12  # samples per process
+
+
+def data_parallel(model):
+    return DistributedDataParallel(model)
+
+
+def fully_sharded(model):
+    """Two groups of parameters: the first module's, and all others."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(next(module for module in model.modules() if type(module) is nn.Linear), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients(network, wrap, k):
+    """Of one step: drawn ks, gradients by name, and the keys of the state dict.
+
+    k: what to set, None to draw; a list has one for each sample of all processes.
+    """
+    rank = dist.get_rank()
+    model = wrap(network())
+    drawn, named_gradients = step(model, k, rank * SIZE, (rank + 1) * SIZE, seed=rank)
+    return drawn, named_gradients, [name.removeprefix("module.") for name in model.state_dict()]
+
+
+def step(model, k, start, end, seed):
+    (layer,) = td.tail_dropouts(model).values()
+    layer.set_k(torch.tensor(k[start:end]) if isinstance(k, list) else k)
+    inputs, target = rows(start, end)
+    torch.manual_seed(seed)
+    nn.functional.mse_loss(model(inputs), target).backward()
+    drawn = None if layer.drawn_k is None else layer.drawn_k.tolist()
+    named = {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters()}
+    return drawn, {name: gradient.tolist() for name, gradient in named.items()}
+
+
+def assert_equal_gradients(actual, expected):
+    assert list(actual) == list(expected)
+    for name, gradient in expected.items():
+        assert_close(torch.tensor(actual[name]), torch.tensor(gradient))
+
+
+by_wrapper = pytest.mark.parametrize("wrap", [data_parallel, fully_sharded])
+by_network = pytest.mark.parametrize("network", [network, tail_mlp, checkpointed])
+
+
+@by_wrapper
+@by_network
+@pytest.mark.parametrize("k", [0, 2, N, "one per sample"])
+def test_gradients_with_k_set_are_those_of_one_process(processes, wrap, network, k):
+    if k == "one per sample":
+        k = torch.randint(N + 1, (processes.world * SIZE,)).tolist()
+    _, expected = step(network(), k, 0, processes.world * SIZE, seed=0)
+    for drawn, actual, _ in processes.run(gradients, network, wrap, k):
+        assert drawn is None
+        assert_equal_gradients(actual, expected)
+
+
+@by_wrapper
+@by_network
+def test_each_process_draws_its_own_ks(processes, wrap, network):
+    """From its own seed; the gradients are those of one process with all of the ks."""
+    results = processes.run(gradients, network, wrap, None)
+    ks = [drawn for drawn, *_ in results]
+    for rank, drawn in enumerate(ks):
+        alone, _ = step(network(), None, 0, SIZE, seed=rank)
+        assert drawn == alone
+    assert len(set(map(tuple, ks))) == processes.world
+    together = [k for drawn in ks for k in drawn]
+    _, expected = step(network(), together, 0, processes.world * SIZE, seed=0)
+    for _, actual, _ in results:
+        assert_equal_gradients(actual, expected)
+
+
+@by_wrapper
+@by_network
+def test_the_keys_of_the_state_dict_are_those_of_the_plain_model(processes, wrap, network):
+    for _, _, keys in processes.run(gradients, network, wrap, None):
+        assert keys == list(network().state_dict())
+
+
+# --- activation checkpointing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("block", [network, tail_mlp])
+def test_checkpointing_draws_the_same_k_again(block, use_reentrant):
+    def run_with(run):
+        model = block()
+        inputs = rows(0, 60)[0].requires_grad_()
+        torch.manual_seed(3)
+        output = run(model, inputs)
+        torch.rand(100)  # what the program draws between forward and backward
+        output.square().mean().backward()
+        (layer,) = td.tail_dropouts(model).values()
+        return [output, layer.drawn_k, inputs.grad, *(p.grad for p in model.parameters())]
+
+    def run_checkpointed(model, inputs):
+        return checkpoint(model, inputs, use_reentrant=use_reentrant)
+
+    assert_close(run_with(run_checkpointed), run_with(lambda model, inputs: model(inputs)))
