@@ -12,12 +12,12 @@ DATA ?= digits
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint types figures clean
+.PHONY: demo test bench lint types site figures clean
 
 demo: $(READY)
 	$(BIN)/taildropout demo --data $(DATA)
 
-test: lint types
+test: lint types site
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
@@ -27,12 +27,16 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/tail_mlp.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/scree.py
 
 figures: $(READY)
 	$(BIN)/python -m docs.figures
@@ -43,4 +47,4 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) taildropout-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site taildropout-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The README's blocks are tests: they run from top to bottom, each seeing the names before it."""
+"""Blocks of the README and of the docs are tests: on a page, each sees the names before it."""
 
 import torch
 from sybil import Sybil
@@ -6,6 +6,6 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser()],
-    patterns=["README.md"],
+    patterns=["README.md", "docs/*.md"],
     setup=lambda namespace: torch.manual_seed(0),
 ).pytest()

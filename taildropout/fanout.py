@@ -52,7 +52,10 @@ class FanOut:
         Raises:
             FanOutError: they differ, or the network can't run.
         """
-        self._look(inputs)
+        try:
+            self._look(inputs)
+        except Exception as error:  # a module that takes no hooks
+            raise FanOutError(str(error)) from error
         if self.batch < 2 or len(ks) < 2:
             return
         self.target_dims = [self._batch_dim_of(leaf) for leaf in _tensors(target)]

@@ -196,7 +196,8 @@ class TailMLP(nn.Module):
 
     Outputs and gradients are those of `nn.Sequential(fc1, activation, TailDropout(p), fc2)`, with
     the same random state too. The state dict holds `fc1.*` and `fc2.*`. The layer's TailDropout
-    is the child `dropout`, by which `scree` and `prune` find it.
+    is the child `dropout`, by which `scree` and `prune` find it. The layer reads the weights of
+    `fc1` and `fc2` itself, so `fully_shard` must be given the whole layer or a module around it.
 
     Args:
         in_features: size of each input.

@@ -148,7 +148,8 @@ def scree(
     connection around the layer, say), all ks are run one by one, and the log says why.
 
     Under `torch.distributed` each process passes its own share of the data, all must take part,
-    and all get the same result.
+    and all get the same result. Of a DistributedDataParallel pass `model.module`: the wrapper
+    itself talks to the other processes in each call, and shares need not have as many batches.
 
     Args:
         model: a model with a TailDropout layer. Other TailDropout layers keep the k that is

@@ -1,0 +1,54 @@
+"""Numbers as text, and what the command line sets for all tables."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Numbers = dict[str, Any]  # as they go to JSON
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    quick: bool = False
+    rho: float = 0.7
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def median(columns: Iterable[Iterable[float]]) -> list[float]:
+    """Of each column: the rows are seeds."""
+    return [statistics.median(column) for column in zip(*columns, strict=True)]
+
+
+def mean_text(values: Sequence[float], digits: int) -> str:
+    """The mean, and its standard error where there is one: `0.812 ± 0.003`."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {standard_error(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def power(value: float) -> str:
+    """Two digits and a power of ten where that is shorter: 0.12, 3e-07."""
+    return f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
+
+
+def percent(fraction: float) -> str:
+    """Two significant digits at least: 88 %, 3.3 %, 0.0003 %, and less than that as a power."""
+    value = 100 * fraction
+    if abs(value) < 1e-4:
+        return f"{value:.0e} %"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 4)}f} %"

@@ -1,0 +1,110 @@
+"""The measures of benchmarks/evidence, against independent oracles."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import nn
+
+from benchmarks.evidence import __main__ as command
+from benchmarks.evidence import hermite, linear
+from taildropout import TailDropout
+from taildropout.lengths import Uniform
+
+
+def centred(*shape: int, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+    return values - values.mean(0)
+
+
+def test_with_targets_equal_to_inputs_the_optimum_is_pca():
+    data = centred(200, 6) * torch.arange(1, 7)
+    optimum = linear.Optimum(linear.Pairs(data, data))
+    pca = PCA(4).fit(data.numpy())
+    axes = torch.tensor(pca.components_)
+    assert max(optimum.excess(axes, axes.T), key=abs) == pytest.approx(0, abs=1e-10)
+    assert optimum.axis_error(axes.T) == pytest.approx(0, abs=1e-10)
+    assert optimum.axis_error(axes.flip(0).T) == pytest.approx(1, abs=1e-10)
+
+
+def test_with_uncorrelated_inputs_the_optimum_is_the_truncated_svd():
+    """Eckart and Young: |Y - XW|^2 = |W - X'Y|^2 + a constant, if X'X is the identity."""
+    inputs, targets = torch.linalg.qr(centred(200, 5)).Q, centred(200, 4, seed=1)
+    optimum = linear.Optimum(linear.Pairs(inputs, targets))
+    left, values, right = torch.linalg.svd(inputs.T @ targets, full_matrices=False)
+    encoder, decoder = left.T, (values[:, None] * right).T
+    assert max(optimum.distances(encoder, decoder)) < 1e-10
+    torch.testing.assert_close(
+        torch.tensor(optimum.excess(encoder, decoder)), torch.zeros(4), rtol=0, atol=1e-10
+    )
+
+
+def test_condensed_pairs_have_the_same_second_moments_in_fewer_rows():
+    pairs = linear.Pairs(centred(200, 5), centred(200, 3, seed=1))
+    few = pairs.condensed
+    assert len(few.inputs) == 8
+    for one, other in [("inputs", "inputs"), ("inputs", "targets"), ("targets", "targets")]:
+        expected = getattr(pairs, one).T @ getattr(pairs, other) / 200
+        actual = getattr(few, one).T @ getattr(few, other) / 8
+        torch.testing.assert_close(actual, expected)
+
+
+class Hermite(nn.Module):
+    """He_2, He_1, He_3, ... by numpy: the first two in the wrong order."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        order = [2, 1, *range(3, hermite.WIDTH + 1)]
+        values = [np.polynomial.hermite_e.HermiteE.basis(j)(input[:, 0].numpy()) for j in order]
+        return torch.tensor(np.stack(values, 1))
+
+
+def test_correlations_with_hermite_know_the_hermite_polynomials():
+    correlations = torch.tensor(hermite.correlations_with_hermite(Hermite()))
+    expected = torch.tensor([0.0, 0.0] + [1.0] * (hermite.WIDTH - 2))
+    torch.testing.assert_close(correlations, expected, rtol=0, atol=1e-5)
+
+
+def test_the_exact_loss_is_the_mean_of_the_sampled_one_over_all_k():
+    torch.manual_seed(0)
+    f, g = torch.randn(2, 50, hermite.WIDTH)
+    layer = TailDropout(batch_dim=())
+    losses = []
+    for k in range(1, hermite.WIDTH + 1):
+        with layer.using_k(k):
+            losses.append(hermite.sampled_loss(layer)(f, g))
+    torch.testing.assert_close(hermite.expected_loss(Uniform())(f, g), torch.stack(losses).mean())
+
+
+def test_rotated_features_are_canonical_variables():
+    """Of mixtures of He_1 and He_2 alone, the rotation finds the two, in order."""
+
+    class Mixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x + x**2, x - 0.5 * x**2], 1)
+
+    torch.manual_seed(0)
+    f, g = hermite.rotated(Mixed(), Mixed(), rho=-0.6)
+    for network in (f, g):
+        first, second = hermite.correlations_with_hermite(network, count=2)
+        assert first > 0.999
+        assert second > 0.999
+
+
+def test_a_section_replaces_its_last_version_and_the_others_stay_in_their_order(tmp_path):
+    page = tmp_path / "page.md"
+    for name, text in [("regression", "old"), ("pca", "axes"), ("regression", "new")]:
+        command.write_section(page, name, f"## {command.TABLES[name].TITLE}\n\n{text}\n")
+    text = page.read_text()
+    assert text.startswith("# Evidence")
+    assert "old" not in text
+    assert 0 < text.index("axes") < text.index("new")
+    assert text.count("\n## ") == 2
+
+
+def test_numbers_that_were_written_give_the_same_section_when_read(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    command.main(["--quick", "--only", "hermite", "--rho", "-0.6", "--json", str(file)])
+    measured = capsys.readouterr().out
+    assert "\npython -m benchmarks.evidence --only hermite --rho -0.6 --quick\n" in measured
+    command.main(["--read", str(file)])
+    assert capsys.readouterr().out == measured
