@@ -211,7 +211,8 @@ class TailMLP(nn.Module):
             `(batch, seq, features)`, 0 is one k per sequence and `(0, 1)` one per token.
         blocks: into how many blocks the hidden features are cut for the computation. None: of
             256 features each, at most 16.
-        device, dtype: as in `nn.Linear`.
+        device: as in `nn.Linear`.
+        dtype: as in `nn.Linear`.
 
     Shape:
         `(..., in_features)` to `(..., out_features)`.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import choose
 from .fanout import FanOut, FanOutError
@@ -53,7 +53,7 @@ class Scree:
         return (self.cov.diagonal() / self.count).sqrt()
 
     def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> int:
-        """The smallest k that surely loses less than a tolerance against the largest measured k.
+        """The smallest k that surely loses at most a tolerance against the largest measured k.
 
         See `taildropout.choose.choose`.
         """

@@ -1,13 +1,11 @@
 """The notebooks in examples/ run from top to bottom, and what they show is what they compute."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
-
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -44,7 +42,7 @@ def test_stored_outputs_are_of_one_run_from_top_to_bottom(path: Path) -> None:
 def test_notebook_runs_and_shows_what_is_stored(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     stored = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(

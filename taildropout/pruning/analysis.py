@@ -613,7 +613,7 @@ def _stays(graph: Graph, staying: _Staying, k: dict[str, int]) -> Iterator[Stay]
         if operation.target is not LAYER or operation.args[1] not in k:
             continue
         name, dim = operation.args[1], layer_dim(operation)
-        for side, place in (("in front", (operation.args[0], dim)), ("behind", (node, dim))):
+        for side, place in (("in front of", (operation.args[0], dim)), ("behind", (node, dim))):
             for number in staying.at[place][k[name] :].unique().tolist():
                 if number:
                     reason = staying.reasons[number]

@@ -180,7 +180,7 @@ class PrunePlan:
             f"{fold.name} takes in the constant of the columns that go" for fold in self.folds
         ]
         return remarks + [
-            f"{stay.side} of {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
+            f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:

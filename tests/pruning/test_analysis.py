@@ -211,17 +211,17 @@ IN_MODULES = {
     "layer norm before": (
         chain(4, before=[nn.LayerNorm(4)]),
         CONSUMER,
-        f"in front 2: layer_norm in module '1' {NONE_OR_ALL}",
+        f"in front of 2: layer_norm in module '1' {NONE_OR_ALL}",
     ),
     "softmax before": (
         chain(4, before=[nn.Softmax(-1)]),
         CONSUMER,
-        f"in front 2: softmax in module '1' {NONE_OR_ALL}",
+        f"in front of 2: softmax in module '1' {NONE_OR_ALL}",
     ),
     "at the input": (
         nn.Sequential(TailDropout(), nn.Linear(5, 4)),
         {"1.weight"},
-        "in front 0: the input '.*' of the model comes from outside",
+        "in front of 0: the input '.*' of the model comes from outside",
     ),
     "at the output": (
         nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.ReLU()),
@@ -231,12 +231,12 @@ IN_MODULES = {
     "computed weights": (
         nn.Sequential(weight_norm(nn.Linear(5, 4)), TailDropout(), nn.Linear(4, 3)),
         {"2.weight"},
-        "in front 1: _weight_norm in module '0.parametrizations.weight.0' .*",
+        "in front of 1: _weight_norm in module '0.parametrizations.weight.0' .*",
     ),
     "a recurrent producer": (
         nn.Sequential(First(nn.GRU(5, 4)), TailDropout(), nn.Linear(4, 3)),
         {"2.weight"},
-        f"in front 1: gru in module '0.module' {NONE_OR_ALL}",
+        f"in front of 1: gru in module '0.module' {NONE_OR_ALL}",
     ),
 }
 
@@ -272,12 +272,12 @@ IN_CONVS = {
     "part of a channel": (
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), TailDropout(), nn.Linear(144, 3)),
         {"0.weight", "0.bias", "3.weight"},
-        "in front 2: linear in module '3' reads them too, where they are not constant",
+        "in front of 2: linear in module '3' reads them too, where they are not constant",
     ),
     "grouped producer": (
         convs(first={"groups": 2}),
         READER,
-        "in front 1: the input '.*' of the model comes from outside",
+        "in front of 1: the input '.*' of the model comes from outside",
     ),
     "grouped consumer": (
         nn.Sequential(nn.Conv2d(2, 4, 3), TailDropout(dropout_dim=1), nn.Conv2d(4, 4, 3, groups=2)),
@@ -341,20 +341,20 @@ FORWARDS = {
     "residual": (
         residual,
         set(),
-        [f"in front tail: add {OWN} {DIFFER}", f"behind tail: add {OWN} {DIFFER}"],
+        [f"in front of tail: add {OWN} {DIFFER}", f"behind tail: add {OWN} {DIFFER}"],
     ),
     "residual behind": (
         residual_behind,
         ROWS,
         [f"behind tail: add {OWN} {DIFFER}"],
     ),
-    "skip": (skip, COLUMNS, [f"in front tail: sum {OWN} {AT_ONCE}"]),
-    "mean before": (centred, COLUMNS, [f"in front tail: mean {OWN} {AT_ONCE}"]),
+    "skip": (skip, COLUMNS, [f"in front of tail: sum {OWN} {AT_ONCE}"]),
+    "mean before": (centred, COLUMNS, [f"in front of tail: mean {OWN} {AT_ONCE}"]),
     "mean behind": (mean_behind, ROWS, [f"behind tail: mean {OWN} {AT_ONCE}"]),
     "softmax": (
         lambda m, x: m.consumer(m.tail(m.producer(x).softmax(-1))),
         COLUMNS,
-        [f"in front tail: softmax {OWN} {NONE_OR_ALL}"],
+        [f"in front of tail: softmax {OWN} {NONE_OR_ALL}"],
     ),
     "cumsum": (
         lambda m, x: m.consumer(m.tail(m.producer(x)).cumsum(-1)),
@@ -385,7 +385,7 @@ FORWARDS = {
         lambda m, x: m.consumer(m.tail(m.producer(x))) + m.consumer(m.producer(x)),
         set(),
         [
-            f"in front tail: linear in module 'consumer' {NOT_CONSTANT}",
+            f"in front of tail: linear in module 'consumer' {NOT_CONSTANT}",
             f"behind tail: linear in module 'consumer' {NOT_CONSTANT}",
         ],
     ),
@@ -417,7 +417,7 @@ def test_tied_weights_stay_unless_all_uses_agree():
     outside = (
         "(the input '.*' of the model comes from outside|the output of the model must keep .*)"
     )
-    assert kept(model, 2, (3, 4), f"in front 1: {outside}", f"behind 1: {outside}") == set()
+    assert kept(model, 2, (3, 4), f"in front of 1: {outside}", f"behind 1: {outside}") == set()
 
 
 class ChannelsLast(nn.Module):
@@ -436,7 +436,7 @@ class ChannelsLast(nn.Module):
 @pytest.mark.parametrize(("k", "reasons"), [(8, 1), (6, 2)])
 def test_prefixes_that_are_positions_and_not_channels(k, reasons):
     """The first positions of all channels: no channel can go."""
-    (cut,) = kept(ChannelsLast(), k, (2, 2, 5), *["in front tail: .*"] * reasons)
+    (cut,) = kept(ChannelsLast(), k, (2, 2, 5), *["in front of tail: .*"] * reasons)
     assert cut == "consumer.weight"
 
 

@@ -722,8 +722,7 @@ def test_the_summary_counts_parameters_and_flops():
 def test_the_summary_says_what_stays_and_why():
     model = nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.LayerNorm(4))
     assert td.plan_pruning(model, 2, X).summary().splitlines()[-1] == (
-        "behind of '1' stays: layer_norm in module '2' needs all features at once, or is not "
-        "supported"
+        "behind '1' stays: layer_norm in module '2' needs all features at once, or is not supported"
     )
 
 
