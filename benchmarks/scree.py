@@ -68,7 +68,10 @@ def measure(model: nn.Module, n: int, classifies: bool, samples: int, rounds: in
         td.scree(model, loss, data, ks=range(n + 1), progress=False)
 
     rivals: dict[str, Callable[[], object]] = {"loop": loop, "scree": together, "one run": once}
-    times = {name: [_seconds(call, 1) for _ in range(rounds)] for name, call in rivals.items()}
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, call in rivals.items():
+            times[name].append(_seconds(call, 1))
     median = {name: statistics.median(values) for name, values in times.items()}
     median["loop"] *= len(data) / len(data[:2]) * (n + 1) / len(some)
     return median
@@ -87,7 +90,7 @@ def main() -> None:
     }
     results = []
     for name, (model, n, classifies) in cases.items():
-        times = measure(model, n, classifies, 2000 if args.quick else 10_000, rounds=3)
+        times = measure(model, n, classifies, 2000 if args.quick else 10_000, rounds=5)
         print(
             f"| {name} | {n + 1} | {human(times['loop'])} | {human(times['scree'])} | "
             f"{times['loop'] / times['scree']:.0f} | {times['scree'] / times['one run']:.1f} |",
