@@ -4,6 +4,7 @@ from . import functional, lengths
 from .insert import insert, remove, replace_dropout, tail_dropouts
 from .layers import TailDropout, TailMLP
 from .pruning import PrunePlan, PruningError, load_pruned, plan_pruning, prune, save_pruned
+from .report import report
 from .scree import LiveScree, Scree, scree
 from .widths import WidthPath, choose_widths
 
@@ -12,5 +13,5 @@ __version__ = "0.1.0"
 __all__ = [
     "LiveScree", "PrunePlan", "PruningError", "Scree", "TailDropout", "TailMLP", "WidthPath",
     "choose_widths", "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune",
-    "remove", "replace_dropout", "save_pruned", "scree", "tail_dropouts",
+    "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
 ]

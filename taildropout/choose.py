@@ -139,10 +139,10 @@ def _upper_bounds(scree: "Scree", tolerance: float, confidence: float) -> _Bound
     below = len(scree.ks) - 1
     contrasts = torch.eye(below + 1, dtype=torch.float64)[:below]
     contrasts[:, -1] = -1 - tolerance * scree.loss[-1].sign()
-    cov = contrasts @ scree.cov @ contrasts.T / scree.count
+    cov = contrasts @ scree.cov.double() @ contrasts.T / scree.count
     stderr = cov.diagonal().clamp(min=0).sqrt()
     factor = _quantile_of_maximum(cov, stderr, scree.count - 1, confidence)
-    return _Bounds(contrasts @ scree.loss, stderr, factor)
+    return _Bounds(contrasts @ scree.loss.double(), stderr, factor)
 
 
 def _smallest(scree: "Scree", bounds: _Bounds) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from torch.testing import assert_close
 
@@ -30,6 +31,11 @@ def images(count, seed=0):
     return (127 * (1 + rows.transpose(0, 2, 1) * columns)).astype(np.uint8)
 
 
+LABELS = (np.arange(60) % 10).astype(np.uint8)
+CLOTHES = ["T-shirt", "trouser", "pullover", "dress", "coat"]
+CLOTHES += ["sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Like Fashion-MNIST, but 300 + 60 images of 6 x 5 pixels."""
@@ -37,6 +43,7 @@ def folder(tmp_path):
     folder.mkdir()
     (folder / "train-images-idx3-ubyte").write_bytes(idx(images(300)))
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images(60, seed=1))))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS)))
     return folder
 
 
@@ -48,6 +55,33 @@ def test_idx_files_are_read_plain_and_gzipped(folder):
     assert (loaded.height, loaded.width) == (6, 5)
     assert_close(loaded.train, torch.tensor(images(300)).flatten(1) / 255, rtol=0, atol=0)
     assert_close(loaded.test, torch.tensor(images(60, seed=1)).flatten(1) / 255, rtol=0, atol=0)
+    assert loaded.test_labels == 6 * CLOTHES
+    assert loaded.contrast is not None
+    assert set(loaded.contrast["shoes"]) == {"sandal", "sneaker", "ankle boot"}
+    assert set(loaded.contrast["shirts"]) == {"T-shirt", "pullover", "coat", "shirt"}
+
+
+def test_without_a_file_of_labels_there_are_none(folder):
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    loaded = data.load_fashion_mnist(folder)
+    assert len(loaded.test) == 60
+    assert loaded.test_labels is None
+    assert loaded.contrast is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (LABELS[:59], "must hold a label below 10 for each of 60 images, got 59 labels up to 9"),
+        (LABELS + 1, "must hold a label below 10 for each of 60 images, got 60 labels up to 10"),
+        (images(60), "must be an IDX file of labels"),
+    ],
+)
+def test_wrong_labels_are_refused(folder, labels, words):
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(labels)))
+    with pytest.raises(data.DataError, match=f"{path} {words}"):
+        data.load_fashion_mnist(folder)
 
 
 GOOD = idx(images(3))
@@ -106,6 +140,12 @@ def test_the_digits_are_split_into_disjoint_parts():
     everything = torch.cat([digits.train, digits.test])
     assert (everything.min(), everything.max()) == (0, 1)
     assert torch.cdist(digits.test, digits.train).min() > 0
+    everywhere = [int(label) for label in digits.test_labels]
+    rows = [
+        int((pixels == torch.tensor(load_digits().data / 16)).all(1).nonzero()[0])
+        for pixels in digits.test
+    ]
+    assert everywhere == load_digits().target[rows].tolist()
     again = data.load_digits()
     assert_close(again.train, digits.train, rtol=0, atol=0)
 
@@ -131,6 +171,7 @@ def test_the_whole_path(folder, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == [
         "model.safetensors",
         "reconstructions.png",
+        "report.html",
         "results.json",
         "scree.png",
     ]
@@ -163,6 +204,26 @@ def test_the_whole_path(folder, tmp_path, capsys):
     for name in ("scree.png", "reconstructions.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
+    html = (out / "report.html").read_text()
+    page = json.loads(re.search(r'type="application/json">(.*?)</script>', html)[1])
+    assert page["chosen"] == k
+    assert page["loss"] == results["scree"]["loss"]
+    assert page["costs"]["parameters"] == results["parameters"]
+    assert len(page["images"]["outputs"]) == 6
+    assert page["images"]["names"] == (6 * CLOTHES)[:24]
+    assert page["scatter"]["contrast"]["counts"] == [18, 24]
+    assert "report.html" in printed.splitlines()[-1]
+
+
+def test_without_labels_the_report_has_no_colours(folder, tmp_path):
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    options = f"--data-dir {folder} --width 2 --epochs 1 --out {tmp_path}"
+    main(f"demo --data fashion-mnist {options}".split())
+    html = (tmp_path / "report.html").read_text()
+    page = json.loads(re.search(r'type="application/json">(.*?)</script>', html)[1])
+    assert page["images"]["names"] is None
+    assert "scatter" not in page
+
 
 def test_the_same_seed_gives_the_same_scree(folder, tmp_path):
     def losses(seed):
@@ -186,6 +247,7 @@ def test_a_width_above_the_number_of_pixels(folder, tmp_path):
 
 def test_fewer_held_out_images_than_are_shown(folder, tmp_path):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images(3))))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS[:3])))
     main(f"demo --data fashion-mnist --data-dir {folder} --epochs 1 --out {tmp_path}".split())
     assert json.loads((tmp_path / "results.json").read_text())["scree"]["count"] == 3
 

@@ -127,4 +127,8 @@ def text(numbers: Numbers, settings: Settings) -> str:
     return "\n\n".join([DONE.format(epochs=epochs(settings)), table(head, rows), SHOWN])
 
 
-SHOWN = """TODO"""
+SHOWN = """As a regulariser of the whole network the layer does not help here: its accuracy is that
+of no dropout at small p and falls as p grows, while the strongest `nn.Dropout` gains a little. What
+it gives is the choice afterwards: with a fraction of the features it is as accurate, and far better
+calibrated. Cutting the controls, whose features have no order, improves their cross-entropy as
+well, but keeps several times as many features."""

@@ -33,7 +33,8 @@ sum of those of all weights. *Same images* draws only k anew, for one batch of i
 draws the batch anew too, as in training. Mean ± standard error over the seeds."""
 
 
-SHOWN = """Over all rows: {ranges}. TODO"""
+SHOWN = """Over all rows: {ranges}. Stratifying steadies the loss that one sees. It does next to
+nothing for the gradient, and is no reason to expect faster training."""
 
 
 def measure(settings: Settings, seeds: list[int]) -> Numbers:

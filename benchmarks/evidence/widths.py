@@ -240,4 +240,9 @@ def _deficits(name: str, runs: dict[str, list[list[float]]]) -> list[list[str]]:
     return rows
 
 
-SHOWN = """TODO"""
+SHOWN = """One network for all widths pays for it. From k = 8 on the autoencoder's error is within
+about a sixth of that of a network trained for the width, and the classifier is within half a point
+from k = 4 on; below, a network for the width is clearly better. At k = 1 the classifier is far from
+it, since one linear classifier has to serve all sizes: log-spaced sizes, and better a head for each,
+make up for more than half of the deficit, and cost a little at the large sizes. PCA of a plain
+classifier's features is as good from k = 8 on, where there are fewer classes than features."""

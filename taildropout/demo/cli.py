@@ -15,6 +15,7 @@ import taildropout as td
 
 from ..files import written_whole
 from ..pruning.sweep import seconds_per_call
+from ..report import report
 from . import data
 from .model import Autoencoder, pca_errors, train
 
@@ -79,7 +80,9 @@ def demo(
     Returns:
         All numbers that are printed, as in results.json.
     """
-    from matplotlib.figure import Figure  # noqa: F401  # before the training, not after it
+    # Before the training, not after it.
+    from matplotlib.figure import Figure  # noqa: F401
+    from plotly.offline import get_plotlyjs  # noqa: F401
 
     started = time.perf_counter()
     images = data.load(name, data_dir)
@@ -124,6 +127,18 @@ def demo(
     with torch.no_grad():
         reloaded_equal = bool(torch.equal(loaded(images.test), small(images.test)))
     print(f"saved and loaded again: {'the same' if reloaded_equal else 'NOT the same'} outputs")
+
+    report(
+        out / "report.html",
+        scree,
+        model,
+        images.test,
+        labels=images.test_labels,
+        contrast=images.contrast,
+        image_shape=(images.height, images.width),
+        tolerance=TOLERANCE,
+        title=f"Autoencoder on {name}, at every width",
+    )
 
     results = {
         "data": name,
