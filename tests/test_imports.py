@@ -11,7 +11,7 @@ import torch
 import taildropout as td
 from taildropout.demo import data
 
-EXTRAS = ["matplotlib", "pandas", "sklearn", "onnx", "onnxruntime", "transformers", "rich"]
+EXTRAS = ["matplotlib", "pandas", "sklearn", "plotly", "PIL", "onnx", "transformers", "rich"]
 
 
 def imported_extras(before=""):
