@@ -1,6 +1,6 @@
 """What does pruning take away, what does it cost, and what does it gain?
 
-Three tables. First: well-known architectures at their published sizes, with random weights, half
+Three tables. First: well-known architectures at usual sizes, with random weights, half
 of the features of their hidden layers pruned; "difference" is the largest between the outputs of
 the small network and of the masked one, in float32, as a fraction of the largest output. Second:
 the time and the peak memory of planning and applying, for a transformer of 100 M parameters.
@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import networks
 import torch
 import transformers
 from timing import human, machine, parser, take_turns, write_json
@@ -30,12 +31,15 @@ from taildropout import TailDropout
 
 IMAGE = {"pixel_values": torch.zeros(1, 3, 224, 224)}
 WORDS = {"input_ids": torch.zeros(1, 32, dtype=torch.int64)}
+PIXELS = {"input": torch.zeros(1, 3, 224, 224)}
+SEQUENCE = {"input": torch.zeros(1, 32, 768)}
+CLICK = {"numbers": torch.zeros(1, 13), "categories": torch.zeros(1, 26, dtype=torch.int64)}
 TEXTS = {**WORDS, "decoder_input_ids": torch.zeros(1, 16, dtype=torch.int64)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network and the modules, by pattern, behind which layers are inserted."""
+    """A network and the modules, by patterns, behind which layers are inserted."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -45,8 +49,9 @@ class Case:
 
     def model(self) -> nn.Module:
         model = self.build()
-        modules = [name for name, _ in model.named_modules() if fnmatchcase(name, self.behind)]
-        for name in modules:
+        names = [name for name, _ in model.named_modules()]
+        patterns = self.behind.split()
+        for name in [name for name in names if any(fnmatchcase(name, p) for p in patterns)]:
             td.insert(model, name, TailDropout(dropout_dim=self.dropout_dim))
         return model.eval()
 
@@ -83,6 +88,17 @@ ALL = [
         "*.mlp.act_fn",
         WORDS,
     ),
+    Case("12 attentions of 12 heads", networks.attentions, "*.dropout", SEQUENCE, 1),
+    Case("LSTM tagger", networks.Tagger, "embedding dropout", WORDS),
+    Case("U-Net", networks.UNet, "*.5", IMAGE, 1),
+    Case(
+        "convolutional autoencoder",
+        networks.convolutional_autoencoder,
+        "2 5 8 11 14 17 20",
+        PIXELS,
+        1,
+    ),
+    Case("DLRM", networks.Recommender, "bottom.[13] top.[13]", CLICK),
 ]
 
 
@@ -137,6 +153,10 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def flops(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count > 1e9 else f"{count / 1e6:.1f} M"
+
+
 def print_row(result: dict[str, Any]) -> None:
     before, after = result["before"], result["after"]
     pairs = [f"{k} of {n}" for k, n in result["k"]]
@@ -144,8 +164,8 @@ def print_row(result: dict[str, Any]) -> None:
     print(
         f"| {result['name']} | {result['layers']} | {k} "
         f"| {before.parameters / 1e6:.1f} M → {after.parameters / 1e6:.1f} M "
-        f"| {before.flops / 1e9:.2f} G → {after.flops / 1e9:.2f} G "
-        f"| {result['difference']:.0e} | {'; '.join(result['stays']) or 'nothing'} |",
+        f"| {flops(before.flops)} → {flops(after.flops)} "
+        f"| {result['difference']:.0g} | {'; '.join(result['stays']) or 'nothing'} |",
         flush=True,
     )
 

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..files import written_whole
 from ..functional import check_k
 from ..insert import Inputs, call, tail_dropouts
 from .analysis import Cut, Fit, Fold, Stay, analyse
+from .cost import Cost, costs_by_module
 from .graph import PruningError, structural_copy, tensors_by_name
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
@@ -30,17 +30,6 @@ MOST_IN_FLOAT64 = 2**25
 
 # The largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a network takes: its parameters, and the FLOPs of one call on the example inputs.
-
-    FLOPs are torch's count (`torch.utils.flop_counter`) of matrix products and convolutions.
-    """
-
-    parameters: int
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -419,16 +408,8 @@ def _costs(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
     """Of every module by name, "" for the whole model."""
     for layer in tail_dropouts(model).values():
         layer.set_k(None)
-    with FlopCounterMode(display=False) as counter:
-        _run_pruned(model.eval(), inputs)
-    counts = counter.get_flop_counts()
-    root = type(model).__name__
-    costs = {}
-    for name, module in model.named_modules():
-        parameters = sum(p.numel() for p in module.parameters())
-        flops = sum(counts.get(f"{root}.{name}" if name else "Global", {}).values())
-        costs[name] = Cost(parameters, int(flops))
-    return costs
+    model.eval()
+    return costs_by_module(model, lambda: _run_pruned(model, inputs))
 
 
 def _changes(

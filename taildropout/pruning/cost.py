@@ -1,0 +1,74 @@
+"""What a network costs: its parameters, and the FLOPs of one call."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network takes: its parameters, and the FLOPs of one call on the example inputs.
+
+    FLOPs are two for each multiplication of a matrix product, a convolution, attention or a
+    recurrent layer, as `torch.utils.flop_counter` has it.
+    """
+
+    parameters: int
+    flops: int
+
+
+def costs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[str, Cost]:
+    """The cost of every module by name, "" for the whole model, in what `run` does with it."""
+    with _no_fused_encoder(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        run()
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    costs = {}
+    for name, module in model.named_modules():
+        parameters = sum(p.numel() for p in module.parameters())
+        flops = sum(counts.get(f"{root}.{name}" if name else "Global", {}).values())
+        costs[name] = Cost(parameters, int(flops))
+    return costs
+
+
+@contextmanager
+def _no_fused_encoder() -> Iterator[None]:
+    """torch's attention and encoder layers as single products, not as one kernel of their own."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Query times key, and the result times value: (batch, heads, time, channels) each."""
+    pairs = prod(query[:3]) * key[2]
+    return 2 * pairs * (query[3] + value[3])
+
+
+def _recurrence(x: Shape, of_input: Shape, of_hidden: Shape, *_: Any, **__: Any) -> int:
+    """Two matrices, at every time of every sample."""
+    return 2 * prod(x[:-1]) * (prod(of_input) + prod(of_hidden))
+
+
+def _recurrences(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    """All layers and directions at once."""
+    return 2 * prod(x[:-1]) * sum(prod(shape) for shape in weights if len(shape) == 2)
+
+
+# Kernels of the CPU, and of cuDNN, that torch has no formulas for.
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrence,
+    torch.ops.aten._cudnn_rnn: _recurrences,
+}
