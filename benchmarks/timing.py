@@ -73,8 +73,10 @@ def machine() -> str:
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = torch.get_num_threads()
     return (
-        f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}, {date.today()}"
+        f"{name}, {threads} thread{'s' if threads > 1 else ''}{gpu}, torch {torch.__version__}, "
+        f"{date.today()}"
     )
 
 

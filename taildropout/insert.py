@@ -26,8 +26,9 @@ def insert(model: nn.Module, name: str, layer: TailDropout) -> TailDropout:
     """Apply a TailDropout to the output of any module of a model.
 
     The layer becomes a child of the module, `NAME.tail_dropout`, which a forward hook applies to
-    its output. So it follows the model's `train()`, `eval()`, `to()`, pickle and deepcopy, and no
-    key of the state dict changes. Of an output that is a tuple, the first entry goes through the
+    its output. It is put into the mode of the module, for a model that was loaded is often in eval
+    mode, and follows the model's `train()`, `eval()`, `to()`, pickle and deepcopy; no key of the
+    state dict changes. Of an output that is a tuple, the first entry goes through the
     layer, as a GRU has it.
 
     Args:
@@ -66,7 +67,7 @@ def insert(model: nn.Module, name: str, layer: TailDropout) -> TailDropout:
     child = "tail_dropout"
     while hasattr(module, child):
         child += "_"
-    module.add_module(child, layer)
+    module.add_module(child, layer.train(module.training))
     if type(module).forward is not nn.Sequential.forward:  # which runs its last child anyway
         module.register_forward_hook(_Apply(child))
     return layer

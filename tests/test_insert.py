@@ -114,6 +114,7 @@ def test_an_inserted_layer_has_a_name_and_leaves_the_state_dict_as_it_is(at):
 def test_an_inserted_layer_follows_the_modes_of_its_model(at):
     model = Block()
     layer = td.insert(model.eval(), at, TailDropout())
+    assert not layer.training  # as what is around it
     model.train()
     assert layer.training
     model.eval()

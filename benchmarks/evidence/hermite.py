@@ -41,7 +41,7 @@ cross-covariance of the whitened features on {FRESH:,} fresh pairs (canonical co
 SHOWN = """\
 {verdict} Without a layer, single features are nothing in particular. But the second control shows
 that they span the functions: where a linear rotation of the features can be computed afterwards, as
-here, it is a rival to training in order. He_5 and He_6 were not asked for; a singular value of
+here, it is a rival to training in order. For He_5 and He_6 nothing was set: a singular value of
 |rho|^j leaves ever less to learn from. Covariances want large batches: cut into 16 groups of 256
 pairs, each with its own k and covariances, whose product is biased, sampled features came out worse
 in a trial (He_4: 0.94)."""
@@ -87,8 +87,8 @@ def text(numbers: Numbers, settings: Settings) -> str:
                     for j, (value, target) in enumerate(zip(smallest, TARGETS, strict=False), 1)
                     if value < target
                 ]
-    verdict = f"The targets for He_1 to He_4 were {', '.join(map(str, TARGETS))}: "
-    verdict += f"missed by {'; '.join(missed)}." if missed else "reached by all but the controls."
+    verdict = f"Set in advance for He_1 to He_4: at least {', '.join(map(str, TARGETS))}; "
+    verdict += f"missed by {'; '.join(missed)}." if missed else "reached with the layer throughout."
     head = ["k from", "", *[f"He_{j}" for j in range(1, WIDTH + 1)]]
     done = DONE.format(rho=settings.rho, steps=steps(settings))
     return "\n\n".join([done, table(head, rows), SHOWN.format(verdict=verdict)])

@@ -25,6 +25,7 @@ from .graph import (
     Operation,
     PruningError,
     layer_dim,
+    module_of,
     shape,
     tensors_by_name,
     where,
@@ -37,13 +38,12 @@ from .rules import (
     aten,
     belongs_to_attention,
     has_sizes,
-    is_product,
     is_recurrent,
     moves,
     rules_of,
     runs_on_no_features,
-    same,
     takes_by_number,
+    zeros_make_zeros,
 )
 
 
@@ -212,7 +212,8 @@ class _Constants:
                 if source[0] is node:
                     passed, passed_zero = self._passed(source, labels, there)
                     from_node |= passed | (there < 0)
-                    zero |= passed_zero
+                    if zeros_make_zeros(operation, source[0]):
+                        zero |= passed_zero
             known &= from_node
         for made_at, made in rules.made:
             if made_at == place:
@@ -223,20 +224,17 @@ class _Constants:
             for source in operation.sources
         ):
             known[:] = False
-        if is_product(operation):
-            known |= zero  # 0 times anything that is finite
-        if not known.any():
-            return
         if operation.target is LAYER:
             ((source, _, there),) = passes
             known &= there >= 0
             value = self.known[source].value[there.clamp(min=0)].masked_fill(~known, 0)
-            self.known[place] = _Known(known, value)
-            self.lost.pop(place)
-            return
-        evaluated = self._evaluate(operation, place, known)
-        if evaluated is not None and evaluated.mask.any():
-            self.known[place] = evaluated
+            found = _Known(known, value)
+        else:
+            found = self._evaluate(operation, place, known & ~zero)
+        # 0 times anything that is finite
+        found = _Known(found.mask | zero, found.value.masked_fill(zero, 0))
+        if found.mask.any():
+            self.known[place] = found
             self.lost.pop(place)
 
     def _passed(self, source: Place, labels: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,13 +249,16 @@ class _Constants:
         nonzero[1 + labels[~(facts.mask & (facts.value == 0))]] = True
         return ~unknown[1 + there] & (there >= 0), ~nonzero[1 + there] & (there >= 0)
 
-    def _evaluate(self, operation: Operation, place: Place, known: Tensor) -> _Known | None:
+    def _evaluate(self, operation: Operation, place: Place, known: Tensor) -> _Known:
         """The operation on what is known of its inputs, in float64; unknown features are 0."""
+        nothing = _Known(torch.zeros_like(known), torch.zeros(len(known), dtype=torch.float64))
+        if not known.any():
+            return nothing
         try:
             values = {source: self._value(source) for source in operation.sources}
             result = operation.run(values).to("cpu", torch.float64)
         except (RuntimeError, TypeError):  # it can't be run in float64
-            return None
+            return nothing
         rows = result.movedim(place[1], 0).unsqueeze(-1).flatten(1)
         if rows.shape[1] == 0:
             raise PruningError("the example inputs must hold at least one sample")
@@ -327,7 +328,7 @@ class _Staying:
             self.ties[place] = []
             for operation in self._operations_at(place[0]):
                 rules = self.rules[operation]
-                for relation in [*rules.relations, *map(_tie_of, rules.reads)]:
+                for relation in [*rules.relations, *(read.tie for read in rules.reads)]:
                     if place in relation.places:
                         self.ties[place].append(relation)
                         queue += relation.places
@@ -344,7 +345,7 @@ class _Staying:
                 if operation not in seen:
                     seen.add(operation)
                     for read in self.rules[operation].reads:
-                        if read.place in self.at and read.weight in self.at:
+                        if all(place in self.at for place in read.tie.places):
                             yield read
 
     # ------------------------------------------------------------------------------ who needs what
@@ -381,7 +382,7 @@ class _Staying:
                     self._keep(place, made, where(own), "computes these features by itself")
         for user in self.graph.users[node]:
             rules = self.rules[user]
-            ties = [*rules.relations, *map(_tie_of, rules.reads)]
+            ties = [*rules.relations, *(read.tie for read in rules.reads)]
             if not any(place in tie.places for tie in ties):
                 text = "needs all features at once, or is not supported"
                 self._keep(place, None, where(user), text)
@@ -419,7 +420,8 @@ class _Staying:
     def _foldable(self, read: Read, facts: _Known) -> bool:
         """Whether what the constants add is the same everywhere, and there is a bias for it."""
         if (
-            name_of_bias(self.graph, read) is None
+            read.weight is None
+            or name_of_bias(self.graph, read) is None
             or contribution(self.graph, read, facts.value) is None
         ):
             return False
@@ -547,10 +549,6 @@ class _Staying:
         return sum(self._keep(place, anywhere, f"layer {name!r}", text) for place in calls) > 0
 
 
-def _tie_of(read: Read) -> Relation:
-    return same(read.place, read.weight)
-
-
 def _pick(tensor: Tensor, kept: list[Tensor | None]) -> Tensor:
     for dim, index in enumerate(kept):
         if index is not None:
@@ -583,16 +581,16 @@ def _folds(graph: Graph, staying: _Staying, constants: _Constants) -> Iterator[F
         constant = contribution(graph, read, values) if values.any() else None
         if constant is None or not constant.any():
             continue
-        rows = _rows(read)
+        rows = _rows(read.weight) if read.weight else None
         if not isinstance(read.bias, fx.Node) and rows in staying.at:
             constant = constant[~staying.gone(rows)]  # a new bias has only the rows that stay
         done.add(name)
         yield Fold(name, constant)
 
 
-def _rows(read: Read) -> Place:
-    """Where the outputs of a weight lie."""
-    node, dim = read.weight
+def _rows(weight: Place) -> Place:
+    """Where its outputs lie."""
+    node, dim = weight
     return node, 1 - dim if dim < 2 else 0
 
 
@@ -623,7 +621,7 @@ def _stays(graph: Graph, staying: _Staying, k: dict[str, int]) -> Iterator[Stay]
 def contribution(graph: Graph, read: Read, values: Tensor) -> Tensor | None:
     """What constant features add to each output; None where that differs from place to place."""
     operation, (source, dim) = read.operation, read.place
-    if not graph.is_constant(read.weight[0]):
+    if read.weight is None or not graph.is_constant(read.weight[0]):
         return None
     weight = graph.constant(read.weight[0])
     if is_recurrent(operation):
@@ -647,12 +645,12 @@ def name_of_bias(graph: Graph, read: Read) -> str | None:
     if isinstance(read.bias, fx.Node):
         names = graph.names.get(read.bias, [])
         return names[0] if len(names) == 1 else None
-    names = graph.names.get(read.weight[0], [])
-    if len(names) != 1:
+    names = graph.names.get(read.weight[0], []) if read.weight else []
+    owner, _, attribute = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
+    if attribute != "weight" or module_of(read.operation) != owner:
         return None
-    owner, _, attribute = names[0].rpartition(".")
     module = graph.model.get_submodule(owner)
     makes_one = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.bias is None
-    if attribute != "weight" or not makes_one:
+    if not makes_one:
         return None
     return names[0].removesuffix("weight") + "bias"

@@ -30,7 +30,11 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 def structural_copy(model: nn.Module) -> nn.Module:
     """A copy that shares all tensors with the model: its modules can be changed freely."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): t for t in tensors})
+    try:
+        return copy.deepcopy(model, {id(t): t for t in tensors})
+    except Exception as error:
+        message = str(error).strip().partition(". ")[0]
+        raise PruningError(f"the model must be one that copy.deepcopy copies: {message}") from error
 
 
 @torch.library.custom_op("taildropout::layer", mutates_args=())
@@ -212,10 +216,15 @@ def layer_dim(operation: Operation) -> int:
     return int(operation.args[2])
 
 
+def module_of(operation: Operation) -> str:
+    """The name of the innermost module that it belongs to."""
+    stack = list((operation.output.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
 def where(operation: Operation) -> str:
     """The operation in the user's words: its name and the module that it belongs to."""
-    stack = list((operation.output.meta.get("nn_module_stack") or {}).values())
-    module = stack[-1][0] if stack else ""
+    module = module_of(operation)
     if operation.target is LAYER:
         return f"layer {operation.args[1]!r}"
     name = getattr(operation.target, "overloadpacket", operation.target)

@@ -56,15 +56,20 @@ class Relation:
 
 @dataclass(frozen=True)
 class Read:
-    """Features at `place` are multiplied by the entries of `weight` and summed.
+    """Features at `place` are multiplied by the entries of `weight`, if there is one, and summed.
 
     Where they are constant they can go, together with these entries; their sum is added to `bias`.
     """
 
     operation: Operation
     place: Place
-    weight: Place
+    weight: Place | None = None
     bias: Any = None  # a value, or None where there is none
+
+    @property
+    def tie(self) -> Relation:
+        """Features and entries go together."""
+        return same(self.place, self.weight) if self.weight else Relation(self.place, ())
 
 
 @dataclass
@@ -99,15 +104,22 @@ def rules_of(graph: Graph, operation: Operation, ks: dict[str, int]) -> Rules:
         _multiply(operation, rules, input, weight, bias)
     elif target in _MATMUL:
         _multiply(operation, rules, *operation.args[:2])
-    elif target is aten.embedding.default:
+    elif target is aten.einsum.default:
+        _multiply_as_written(operation, rules)
+    elif target is aten.bilinear.default:
+        _multiply_pairs(operation, rules)
+    elif target in _EMBEDDING and operation.pick in (None, 0):
         weight = operation.args[0]
         rules.relations.append(
             same((weight, 1), (operation.output, len(shape(operation.output)) - 1))
         )
     elif target in _RECURRENT:
         _recur(operation, rules)
+    elif target in _CELLS:
+        _recur_once(operation, rules)
     elif operation.pick in (None, 0):
         rules.relations += _through(operation)
+        rules.reads += _sums(operation)
     return rules
 
 
@@ -130,13 +142,15 @@ def moves(operation: Operation) -> bool:
     return operation.target in _MOVING
 
 
-def is_product(operation: Operation) -> bool:
-    """Whether zeros in one factor make zeros, whatever the other is."""
-    return operation.target is aten.mul.Tensor or operation.target in _MATMUL
+def zeros_make_zeros(operation: Operation, source: fx.Node) -> bool:
+    """Whether zeros in this source make zeros, whatever finite and nonzero the others are."""
+    if operation.target is aten.div.Tensor:
+        return source is operation.args[0] and source is not operation.args[1]
+    return operation.target in _PRODUCTS
 
 
 def is_recurrent(operation: Operation) -> bool:
-    return operation.target in _RECURRENT
+    return operation.target in _RECURRENT or operation.target in _CELLS
 
 
 def takes_by_number(operation: Operation) -> bool:
@@ -163,12 +177,27 @@ _CONV_TRANSPOSE = {
     aten.conv_transpose3d.input,
 }
 _MATMUL = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+_PRODUCTS = _MATMUL | {aten.mul.Tensor, aten.einsum.default}
+_EMBEDDING = {
+    aten.embedding.default,
+    aten.embedding_bag.default,
+    aten.embedding_bag.padding_idx,
+    aten._embedding_bag.default,
+    aten._embedding_bag_forward_only.default,
+}
 # Where their list of weights and biases stands among the arguments.
 _RECURRENT = {
     aten.lstm.input: 2,
     aten.gru.input: 2,
     aten.rnn_tanh.input: 2,
     aten.rnn_relu.input: 2,
+}
+# Where their weights and biases stand: of the input, then of the hidden state.
+_CELLS = {
+    aten.lstm_cell.default: 2,
+    aten.gru_cell.default: 2,
+    aten.rnn_tanh_cell.default: 2,
+    aten.rnn_relu_cell.default: 2,
 }
 _POINTWISE_WITHOUT_TAG = {  # in one of the versions of torch that are supported
     aten.leaky_relu.default,
@@ -177,6 +206,9 @@ _POINTWISE_WITHOUT_TAG = {  # in one of the versions of torch that are supported
     aten.where.ScalarSelf,
     aten.where.ScalarOther,
     aten.where.Scalar,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
     aten._to_copy.default,
     aten.to.dtype,
     aten.clone.default,
@@ -197,6 +229,7 @@ _TAKING = {
     aten.narrow.default,
     aten.index_select.default,
     aten.roll.default,
+    aten.channel_shuffle.default,
 }
 # Their arguments are sizes.
 _SIZED = {
@@ -233,7 +266,6 @@ _MOVING = _TAKING | {
     aten.pad.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
     *(getattr(aten, f"upsample_nearest{d}d").vec for d in (1, 2, 3)),
     *(getattr(aten, f"_upsample_nearest_exact{d}d").vec for d in (1, 2, 3)),
 }
@@ -269,12 +301,17 @@ _MIXING_LAST = {
 _NORMALISING = {aten.layer_norm.default, aten.rms_norm.default}
 _REDUCING = {
     aten.mean.dim,
-    aten.sum.dim_IntList,
     aten.amax.default,
     aten.amin.default,
     aten.var.correction,
     aten.prod.dim_int,
     aten.logsumexp.default,
+}
+# They reduce too, and zeros add nothing to the result. Where their dims stand among the arguments.
+_SUMMING = {
+    aten.sum.default: 1,
+    aten.sum.dim_IntList: 1,
+    aten.linalg_vector_norm.default: 2,
 }
 _ALONG_ONE_DIM = {
     aten.softmax.int,
@@ -370,6 +407,10 @@ def _move(operation: Operation, rules: Rules) -> None:
         for out_dim in set(range(moved.ndim)) - followed:
             supplied = from_here.movedim(out_dim, 0).reshape(shape(output)[out_dim], -1).any(1)
             made[out_dim] |= supplied
+    if operation.target is aten.expand.default:  # however many copies there are
+        missing = len(shape(output)) - len(shape(sources[0]))
+        once = [d for d in range(len(made)) if d < missing or shape(sources[0])[d - missing] == 1]
+        rules.relations += [Relation((output, dim), ()) for dim in once if shape(output)[dim] > 1]
     rules.made += [
         ((output, dim), made[dim]) for dim in range(len(made)) if related[dim] and made[dim].any()
     ]
@@ -433,6 +474,51 @@ def _multiply(
                 rules.relations.append(same((factor, dim), (output, out_dim)))
 
 
+def _multiply_as_written(operation: Operation, rules: Rules) -> None:
+    """An einsum. Without ellipsis and diagonals, and with each sum over two factors at most."""
+    equation, factors = operation.args[:2]
+    written, arrow, result = equation.replace(" ", "").partition("->")
+    terms = written.split(",")
+    if "." in equation or any(len(set(term)) < len(term) for term in terms):
+        return
+    if not arrow:
+        letters = written.replace(",", "")
+        result = "".join(sorted(letter for letter in letters if letters.count(letter) == 1))
+    sizes = dict(zip(result, shape(operation.output), strict=True))
+    for letter in sorted(set("".join(terms))):
+        places = [(f, t.index(letter)) for f, t in zip(factors, terms, strict=True) if letter in t]
+        if letter in result:
+            out = (operation.output, result.index(letter))
+            places = [place for place in places if shape(place[0])[place[1]] == sizes[letter]]
+            rules.relations += [same(place, out) for place in places]
+        elif len(places) == 1:
+            rules.reads.append(Read(operation, places[0]))
+        elif len(places) == 2 and len({shape(node)[dim] for node, dim in places}) == 1:
+            one, other = places
+            rules.reads += [Read(operation, one, other), Read(operation, other, one)]
+
+
+def _multiply_pairs(operation: Operation, rules: Rules) -> None:
+    """Each feature of one input times each of the other, weighted: (out, one, other)."""
+    one, other, weight = operation.args[:3]
+    bias, last = operation.arg(3), len(shape(operation.output)) - 1
+    rules.reads.append(Read(operation, (one, last), (weight, 1)))
+    rules.reads.append(Read(operation, (other, last), (weight, 2)))
+    rules.relations.append(same((weight, 0), (operation.output, last)))
+    if bias is not None:
+        rules.relations.append(same((bias, 0), (operation.output, last)))
+    for source in (one, other):
+        for dim in range(last):
+            rules.relations.append(same((source, dim), (operation.output, dim)))
+
+
+def _recur_once(operation: Operation, rules: Rules) -> None:
+    """One step. Its input weights lose columns; its outputs are computed all or none."""
+    input, at = operation.args[0], _CELLS[operation.target]
+    place = (input, len(shape(input)) - 1)
+    rules.reads.append(Read(operation, place, (operation.args[at], 1), operation.arg(at + 2)))
+
+
 def _recur(operation: Operation, rules: Rules) -> None:
     """Its input weights lose columns; its outputs are computed all or none."""
     input = operation.args[0]
@@ -471,10 +557,21 @@ def _through(operation: Operation) -> Iterator[Relation]:
         half = shape(output)[along]
         halves = torch.arange(2 * half) % half
         yield _related((input, along), (output, along), halves, torch.arange(half))
-    elif target in _REDUCING:
-        given: Any = operation.arg(1)
-        reduced = {given} if isinstance(given, int) else set(given or range(rank))
-        reduced = {d % rank for d in reduced}
+    elif target is aten.cosine_similarity.default:
+        other = operation.args[1]
+        if shape(input) != shape(other):
+            return
+        along = operation.arg(2, 1) % rank
+        yield same((input, along), (other, along))
+        for dim in range(rank):
+            if dim != along:
+                yield same((input, dim), (output, dim - (dim > along)))
+                yield same((other, dim), (output, dim - (dim > along)))
+    elif target is aten._weight_norm.default and operation.arg(2, 0) == 0:
+        dims = {0: 0}
+        yield same((operation.args[1], 0), (output, 0))
+    elif target in _REDUCING or target in _SUMMING:
+        reduced = _reduced(operation)
         if rank - len(reduced) == len(shape(output)):
             dims = {d: d - sum(r < d for r in reduced) for d in range(rank) if d not in reduced}
         else:
@@ -491,6 +588,26 @@ def _through(operation: Operation) -> Iterator[Relation]:
             for dim in range(len(shape(source)) - 2):
                 if shape(source)[dim] == shape(output)[dim + missing]:
                     yield same((source, dim), (output, dim + missing))
+
+
+def _reduced(operation: Operation) -> set[int]:
+    """The dims of its input that it reduces."""
+    rank = len(shape(operation.args[0]))
+    given: Any = operation.arg(_SUMMING.get(operation.target, 1))
+    dims = {given} if isinstance(given, int) else set(given or range(rank))
+    return {d % rank for d in dims}
+
+
+def _sums(operation: Operation) -> Iterator[Read]:
+    """Features that are added up as they are, or by their magnitude."""
+    if operation.target in _SUMMING:
+        is_norm = operation.target is aten.linalg_vector_norm.default
+        if not is_norm or 0 < operation.arg(1, 2) < float("inf"):
+            for dim in _reduced(operation):
+                yield Read(operation, (operation.args[0], dim))
+    elif operation.target is aten.cosine_similarity.default:
+        for source in operation.sources:
+            yield Read(operation, (source, operation.arg(2, 1) % len(shape(source))))
 
 
 def belongs_to_attention(graph: Graph, node: fx.Node) -> bool:

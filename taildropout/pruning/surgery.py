@@ -12,6 +12,9 @@ from .analysis import Cut, Fit, Fold
 from .fitted import FittedTailDropout
 from .graph import tensors_by_name
 
+# torch.nn.utils.parametrize keeps the tensors of a module's weight in a module of its own.
+_OF_PARAMETRIZATION = re.compile(r"\.?parametrizations\.\w+$")
+
 
 def operate(
     model: nn.Module, cuts: Sequence[Cut], folds: Sequence[Fold], fits: Sequence[Fit] = ()
@@ -39,7 +42,7 @@ def operate(
         owner, _, attribute = fit.layer.rpartition(".")
         fitted = FittedTailDropout.fit(layer, fit.width, fit.size)
         setattr(model.get_submodule(owner), attribute, fitted)
-    for module in {cut.name.rpartition(".")[0] for cut in cuts}:
+    for module in {_OF_PARAMETRIZATION.sub("", cut.name.rpartition(".")[0]) for cut in cuts}:
         _mend_attributes(model.get_submodule(module))
     _mend_written_sizes(model, before)
 
@@ -88,12 +91,16 @@ def _mend_attributes(module: nn.Module) -> None:
             module.num_features = len(tensor)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.RNNBase):
         weights: Any = module.weight_ih_l0
         module.input_size = weights.shape[1]
         module._init_flat_weights()
+    elif isinstance(module, nn.RNNCellBase):
+        module.input_size = module.weight_ih.shape[1]
     elif isinstance(module, nn.MultiheadAttention):
         module.kdim = (
             module.embed_dim if module.k_proj_weight is None else module.k_proj_weight.shape[1]

@@ -65,6 +65,10 @@ def gate(a, b):
     return torch.sigmoid(a) * b
 
 
+def divide(a, b):
+    return a / (1 + b.abs())
+
+
 def halves(x):
     first, second = x.chunk(2, dim=feature_dim(x))
     return first * second
@@ -88,6 +92,14 @@ def along_features(x):
 
 def centred(x):
     return x - x.mean(dim=feature_dim(x), keepdim=True)
+
+
+def normalised(x):
+    return F.normalize(x, dim=feature_dim(x))
+
+
+def by_their_sum(x):
+    return x * torch.sigmoid(x.sum(dim=feature_dim(x), keepdim=True))
 
 
 def times_last(x):
@@ -130,6 +142,8 @@ ANY_RANK: list[Callable[[int], nn.Module]] = [
     lambda n: nn.ReLU(inplace=True),
     lambda n: Do(along_features),
     lambda n: Do(centred),
+    lambda n: Do(normalised),
+    lambda n: Do(by_their_sum),
     lambda n: Do(times_last),
     lambda n: nn.Dropout(),
 ]
@@ -172,7 +186,7 @@ ONE_SOURCE: dict[int, list[Callable[[int], nn.Module]]] = {
     ],
 }
 HALVING = [lambda n: Do(halves), lambda n: Do(gated_half)]
-TWO_SOURCES = [add, multiply, gate, join]
+TWO_SOURCES = [add, multiply, gate, join, divide]
 
 
 PRODUCERS: dict[int, list[Callable[[int], nn.Module]]] = {
@@ -310,7 +324,7 @@ def test_networks_of_every_kind_are_drawn(rank):
     """The strategy can't quietly stop drawing what it is made for."""
     seen = set()
 
-    @settings(max_examples=300, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=600, suppress_health_check=list(HealthCheck))
     @given(networks())
     def collect(drawn):
         model, _, shape = drawn
@@ -319,4 +333,4 @@ def test_networks_of_every_kind_are_drawn(rank):
 
     collect()
     made = {type(make(4)).__name__ for make in ONE_SOURCE[rank]} - {"Do"}
-    assert seen >= made | {"TailDropout", "add", "multiply", "gate", "join"}
+    assert seen >= made | {"TailDropout", "add", "multiply", "gate", "join", "divide"}

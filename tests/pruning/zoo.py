@@ -658,6 +658,14 @@ class Scale(nn.Module):
         return self.gamma * x
 
 
+class Weight(nn.Module):
+    """A parameter without a module that uses it."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(shape))
+
+
 class Output(nn.Module):
     """The first output of a recurrent module."""
 
@@ -722,6 +730,27 @@ def two_halves(k: int) -> Shapes:
 def in_and_out(k: int) -> Shapes:
     """The shapes of `inner` and `out`."""
     return module("inner", k, 5) | columns("out", 3, k)
+
+
+def heads_by_einsum(m: Wired, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = (torch.einsum("btc,hcd->bthd", x, w.value) for w in (m.query, m.key, m.values))
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+    context = m.tail(torch.einsum("bhij,bjhd->bhid", weights, v))
+    return torch.einsum("bhid,hdc->bic", context, m.out.value)
+
+
+def step_by_step(m: Wired, x: torch.Tensor) -> torch.Tensor:
+    hidden = None
+    for values in torch.sigmoid(m.tail(m.inner(x))).unbind(1):
+        hidden = m.cell(values, hidden)
+    return m.out(hidden[0] if isinstance(hidden, tuple) else hidden)
+
+
+def shuffled_by_hand(m: Wired, x: torch.Tensor) -> torch.Tensor:
+    x = m.tail(m.inner(x))
+    batch, count, height, width = x.shape
+    x = x.view(batch, 2, count // 2, height, width).transpose(1, 2)
+    return m.out(x.reshape(batch, count, height, width))
 
 
 def self_attended(m: Wired, x: torch.Tensor) -> torch.Tensor:
@@ -1311,5 +1340,221 @@ PARTS = {
         (8,),
         lambda k: module("inner", k, 5),
         stays=("encoder",),
+    ),
+    # ------------------------------------------------------------------ sums and norms
+    "normalised embeddings": Case(
+        wired(
+            lambda m, x: m.out(F.normalize(m.tail(m.inner(x)), dim=-1)),
+            inner=linear(8, 5),
+            tail=TailDropout,
+            out=linear(3, 8),
+        ),
+        VECTOR,
+        (8,),
+        in_and_out,
+        zero=False,
+    ),
+    "similarities of two towers": Case(
+        wired(
+            lambda m, x: F.cosine_similarity(
+                m.tail(m.inner(x))[:, None], m.tail(m.other(x.square()))[None], dim=-1
+            ),
+            inner=linear(8, 5),
+            other=linear(8, 5),
+            tail=TailDropout,
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5) | module("other", k, 5),
+        zero=False,
+    ),
+    "a similarity to a tower without a layer": Case(  # whose norm needs all features
+        wired(
+            lambda m, x: F.cosine_similarity(m.tail(m.inner(x)), m.other(x), dim=-1),
+            inner=linear(8, 5),
+            other=linear(8, 5),
+            tail=TailDropout,
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5),
+        stays=("cosine_similarity",),
+    ),
+    "an inner product": Case(  # of which either factor's zeros are enough
+        wired(
+            lambda m, x: (m.tail(m.inner(x)) * m.other(x)).sum(-1),
+            inner=linear(8, 5),
+            other=linear(8, 5),
+            tail=TailDropout,
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5) | module("other", k, 5),
+        zero=False,
+    ),
+    "a factorisation machine": Case(
+        wired(
+            lambda m, x: (h := m.tail(m.inner(x))).sum(1).square() - h.square().sum(1),
+            inner=linear(8, 5),
+            tail=TailDropout,
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5),
+    ),
+    "a sum of what is not zero": Case(
+        wired(
+            lambda m, x: torch.sigmoid(m.tail(m.inner(x))).sum(-1),
+            inner=linear(8, 5),
+            tail=TailDropout,
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5),
+        stays=("sum",),
+    ),
+    "a number of features that are not zero": Case(
+        wired(
+            lambda m, x: m.tail(torch.sigmoid(m.inner(x))).norm(0, dim=-1),
+            inner=linear(8, 5),
+            tail=TailDropout,
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5),
+        stays=("linalg_vector_norm",),
+    ),
+    # ------------------------------------------------------------------ other products
+    "a mixture of experts by einsum": Case(
+        wired(
+            lambda m, x: torch.einsum(
+                "beh,eho->bo", m.tail(torch.einsum("bi,eih", x, m.inner.value)), m.out.value
+            ),
+            inner=lambda: Weight(3, 5, 8),
+            tail=TailDropout,
+            out=lambda: Weight(3, 8, 2),
+        ),
+        VECTOR,
+        (8,),
+        lambda k: {"inner.value": (3, 5, k), "out.value": (3, k, 2)},
+        zero=False,
+    ),
+    "attention heads by einsum": Case(
+        wired(
+            heads_by_einsum,
+            query=lambda: Weight(4, 5, 3),
+            key=lambda: Weight(4, 5, 3),
+            values=lambda: Weight(4, 5, 3),
+            tail=lambda: TailDropout(batch_dim=0, dropout_dim=1),
+            out=lambda: Weight(4, 3, 5),
+        ),
+        SEQUENCE,
+        (4,),
+        lambda k: (
+            {f"{name}.value": (k, 5, 3) for name in ("query", "key", "values")}
+            | {"out.value": (k, 3, 5)}
+        ),
+        zero=False,
+    ),
+    "the weight of a Linear, used by itself": Case(  # where a bias would not be added
+        wired(
+            lambda m, x: F.linear(torch.sigmoid(m.tail(m.inner(x))), m.out.weight),
+            inner=linear(8, 5),
+            tail=TailDropout,
+            out=linear(3, 8, bias=False),
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5),
+        stays=("linear",),
+    ),
+    "a bilinear form": Case(
+        wired(
+            lambda m, x: m.out(m.tail(m.inner(x, x)), x),
+            inner=lambda: nn.Bilinear(5, 5, 8),
+            tail=TailDropout,
+            out=lambda: nn.Bilinear(8, 5, 3),
+        ),
+        VECTOR,
+        (8,),
+        lambda k: module("inner", k, 5, 5) | columns("out", 3, k, 5),
+        zero=False,
+    ),
+    "weight normalisation": Case(
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), TailDropout(), nn.Linear(8, 3)
+        ),
+        VECTOR,
+        (8,),
+        lambda k: (
+            {"0.parametrizations.weight.original0": (k, 1)}
+            | {"0.parametrizations.weight.original1": (k, 5), "0.bias": (k,)}
+            | columns("2", 3, k)
+        ),
+        zero=False,
+    ),
+    "a bag of embeddings": Case(
+        sequence(lambda: nn.EmbeddingBag(9, 8, mode="sum"), TailDropout, nn.Sigmoid, linear(3, 8)),
+        lambda samples: (tokens(samples, 4, vocabulary=9),),
+        (8,),
+        lambda k: {"0.weight": (9, k)} | columns("3", 3, k),
+        zero=False,
+    ),
+    **{
+        f"{kind.__name__} as consumer": Case(
+            wired(
+                step_by_step,
+                inner=linear(8, 5),
+                tail=TailDropout,
+                cell=lambda kind=kind: kind(8, 6),
+                out=linear(3, 6),
+            ),
+            SEQUENCE,
+            (8,),
+            lambda k: module("inner", k, 5) | {"cell.weight_ih": ANY},
+            zero=False,
+        )
+        for kind in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+    },
+    # ------------------------------------------------------------------ copies and fillings
+    "one gate for all features": Case(
+        wired(
+            lambda m, x: m.out((h := m.tail(m.inner(x))) * m.gate(x).expand_as(h)),
+            inner=linear(8, 5),
+            gate=linear(1, 5),
+            tail=TailDropout,
+            out=linear(3, 8),
+        ),
+        VECTOR,
+        (8,),
+        in_and_out,
+        zero=False,
+    ),
+    "filled with a number": Case(
+        wired(
+            lambda m, x: m.out(torch.where((h := m.tail(m.inner(x))) > 0, h, torch.ones_like(h))),
+            inner=linear(8, 5),
+            tail=TailDropout,
+            out=linear(3, 8),
+        ),
+        VECTOR,
+        (8,),
+        in_and_out,
+    ),
+    "shuffled channels": Case(
+        sequence(conv(8, 2), channels, lambda: nn.ChannelShuffle(2), conv(3, 8)),
+        IMAGE,
+        (8,),
+        lambda k: module("0", k, 2, 3, 3),
+        stays=("channel_shuffle",),
+        zero=False,
+    ),
+    "channels shuffled by hand": Case(  # at k = 4 the small network runs, and is wrong
+        wired(shuffled_by_hand, inner=conv(8, 2), tail=channels, out=conv(3, 8)),
+        IMAGE,
+        (8,),
+        lambda k: module("inner", k, 2, 3, 3),
+        stays=("view",),
+        zero=False,
     ),
 }
