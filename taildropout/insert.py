@@ -67,7 +67,8 @@ def insert(model: nn.Module, name: str, layer: TailDropout) -> TailDropout:
     child = "tail_dropout"
     while hasattr(module, child):
         child += "_"
-    module.add_module(child, layer.train(module.training))
+    layer.training = module.training  # not train(), which would clear a k that is set
+    module.add_module(child, layer)
     if type(module).forward is not nn.Sequential.forward:  # which runs its last child anyway
         module.register_forward_hook(_Apply(child))
     return layer

@@ -41,7 +41,8 @@ class TailDropout(nn.Module):
     Raises:
         ValueError: p outside [0, 1] or NaN, coinciding dims; in a call also k above n.
         IndexError: in a call, a dim that the input does not have.
-        TypeError: in a call in training with no k set, an integer or boolean input.
+        TypeError: p that is no number, dims that are no ints, lengths without a pmf; in a call in
+            training with no k set, an integer or boolean input.
 
     Example:
         >>> layer = TailDropout(p=0.5)
@@ -68,11 +69,21 @@ class TailDropout(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
+        if lengths is not None and not hasattr(lengths, "pmf"):
+            raise TypeError(
+                f"lengths must have a pmf(n), as lengths.Uniform() has, got {lengths!r}"
+            )
         self.p = p
         self.batch_dim: int | tuple[int, ...] = (
             batch_dim if isinstance(batch_dim, int) else tuple(batch_dim)
         )
         self.dropout_dim = dropout_dim
+        for dim in (dropout_dim, *([batch_dim] if isinstance(batch_dim, int) else batch_dim)):
+            if not isinstance(dim, int):
+                raise TypeError(
+                    "batch_dim must be an int or a sequence of ints, and dropout_dim an int, got "
+                    f"batch_dim={batch_dim!r} and dropout_dim={dropout_dim!r}"
+                )
         self.lengths = lengths
         self.stratified = stratified
         self.inplace = inplace

@@ -121,6 +121,13 @@ def test_an_inserted_layer_follows_the_modes_of_its_model(at):
     assert not layer.training
 
 
+def test_an_inserted_layer_keeps_the_k_that_is_set():
+    model, layer = Block(), TailDropout()
+    layer.set_k(3)
+    td.insert(model, "inner", layer)
+    assert layer.k == 3
+
+
 @pytest.mark.parametrize("at", ["inner", "stack"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_has_a_layer_of_its_own(at, duplicate):

@@ -278,6 +278,17 @@ def test_a_new_p_that_is_not_a_number_is_refused_and_changes_nothing(p):
 # --- bad input --------------------------------------------------------------------------------
 
 
+def test_lengths_must_have_a_pmf():
+    with pytest.raises(TypeError, match=r"lengths must have a pmf\(n\), .*, got 'uniform'"):
+        TailDropout(lengths="uniform")
+
+
+@pytest.mark.parametrize("dims", [{"batch_dim": "a"}, {"dropout_dim": 1.5}, {"batch_dim": (0.0,)}])
+def test_dims_must_be_ints(dims):
+    with pytest.raises(TypeError, match="batch_dim must be an int or a sequence of ints"):
+        TailDropout(**dims)
+
+
 @pytest.mark.parametrize(
     ("batch_dim", "dropout_dim"), [(0, 0), (-1, -1), ([0, 1], 1), ((0, -1), -1), ([2, 1, 0], 2)]
 )
