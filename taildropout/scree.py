@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,7 @@ class Scree:
     ks: list[int]
     loss: Tensor
     count: int
-    cov: Tensor
+    cov: Tensor = field(repr=False)
 
     @property
     def stderr(self) -> Tensor:
