@@ -23,7 +23,7 @@ from .layers import TailDropout
 
 # More at once is slower: a chunk's activations no longer fit into the cache of a CPU, or anything
 # much larger than a GPU needs to be busy.
-_ENOUGH = 2**25
+_ENOUGH = 2**23
 
 PerSampleLoss = Callable[[Any, Any], Tensor]
 
@@ -59,11 +59,8 @@ class FanOut:
         if self.batch < 2 or len(ks) < 2:
             return
         self.target_dims = [self._batch_dim_of(leaf) for leaf in _tensors(target)]
-        self.bytes_of_sample = (
-            2 * self.bytes_per_k + sum(leaf.nbytes for leaf in _tensors(target))
-        ) / self.batch
-        if 2 * self.bytes_of_sample * self.batch > self.memory:
-            raise FanOutError(f"{self.memory} bytes of memory are too few for two ks at once")
+        self.bytes_of_target = sum(leaf.nbytes for leaf in _tensors(target))
+        self.samples_looked_at = self.batch
         try:
             self._try(inputs, target, ks, expected)
         except FanOutError:
@@ -73,9 +70,15 @@ class FanOut:
             self._try(inputs, target, ks, expected)
         self.checked = True
 
+    @property
+    def _bytes_of_sample(self) -> float:
+        """What one k takes in a chunk. A Linear that is known to read the layer fans out itself."""
+        activations = self.bytes_behind + (0 if self.linear else self.bytes_of_layer)
+        return (2 * activations + self.bytes_of_target) / self.samples_looked_at
+
     def losses(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
         """Per-sample losses in float64, `(len(ks), batch)`, on the CPU."""
-        at_once = min(self.memory, _ENOUGH) / max(1.0, self.bytes_of_sample * self.batch)
+        at_once = min(self.memory, _ENOUGH) / max(1.0, self._bytes_of_sample * self.batch)
         return self._in_chunks(inputs, target, ks, max(2, int(at_once)))
 
     def _in_chunks(self, inputs: Inputs, target: Any, ks: list[int], size: int) -> Tensor:
@@ -142,7 +145,7 @@ class FanOut:
         """Which Linear reads the layer, and how large what comes behind the layer is."""
         readers: list[nn.Module] = []
         passed: list[Tensor] = []
-        self.bytes_per_k = 0
+        self.bytes_behind = 0
 
         def mark(module: TailDropout, args: Any, output: Tensor) -> Tensor:
             self.batch, self.dtype = output.shape[self.batch_dim], output.dtype
@@ -153,7 +156,7 @@ class FanOut:
             if passed:
                 if args and args[0] is passed[-1]:
                     readers.append(module)
-                self.bytes_per_k += sum(tensor.nbytes for tensor in _tensors(output))
+                self.bytes_behind += sum(tensor.nbytes for tensor in _tensors(output))
 
         leaves = [
             module
@@ -170,7 +173,7 @@ class FanOut:
         last = self.layer.dropout_dim in (-1, passed[-1].ndim - 1)
         if len(readers) == 1 and type(readers[0]) is nn.Linear and len(passed) == 1 and last:
             self.linear = readers[0]
-        self.bytes_per_k += passed[-1].nbytes
+        self.bytes_of_layer = passed[-1].nbytes
 
     def _batch_dim_of(self, target: Tensor) -> int:
         """Where a target has its samples: as the layer has them, else first."""
@@ -182,6 +185,8 @@ class FanOut:
         raise FanOutError(f"a target of shape {tuple(shape)} has no dim for {self.batch} samples")
 
     def _try(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
+        if 2 * self._bytes_of_sample * self.batch > self.memory:
+            raise FanOutError(f"{self.memory} bytes of memory are too few for two ks at once")
         try:
             actual = self._in_chunks(inputs, target, ks, size=2)
         except Exception as error:  # whatever it is, the plain runs go through

@@ -362,13 +362,13 @@ def prefix_linear(
     dtype = torch.promote_types(input.dtype, torch.float32)
     leading = input.shape[:-1]
     rows = input[..., : ends[-1]].reshape(math.prod(leading), ends[-1]).to(dtype)
-    columns = weight[:, : ends[-1]].to(dtype)
+    columns = weight[:, : ends[-1]].to(dtype).T
     total = rows.new_zeros(len(rows), len(weight))
     total = total if bias is None else total + bias.to(dtype)
     totals = []
     with torch.autocast(rows.device.type, enabled=False):  # which would add up in low precision
-        for rows_b, columns_b in zip(rows.split(widths, 1), columns.split(widths, 1), strict=True):
-            total = torch.addmm(total, rows_b, columns_b.T)
+        for rows_b, columns_b in zip(rows.split(widths, 1), columns.split(widths), strict=True):
+            total = torch.addmm(total, rows_b, columns_b)
             totals.append(total)
     result = torch.stack(totals).to(input.dtype).view(len(ends), *leading, len(weight))
     if list(asked) == ends:
