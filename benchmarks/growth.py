@@ -15,7 +15,8 @@ from timing import Time, machine, parser, take_turns, write_json
 from torch import nn
 
 from taildropout import TailDropout
-from taildropout.lengths import Exponential, draw
+from taildropout.draws import draw
+from taildropout.lengths import Exponential
 
 FEATURES = 512
 SIZES = [10**exponent for exponent in range(3, 9)]

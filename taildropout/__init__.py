@@ -1,17 +1,22 @@
 """Train once, choose the width later."""
 
-from . import functional, lengths
-from .insert import insert, remove, replace_dropout, tail_dropouts
+from . import draws, functional, lengths
 from .layers import TailDropout, TailMLP
-from .pruning import PrunePlan, PruningError, load_pruned, plan_pruning, prune, save_pruned
-from .report import report
-from .scree import LiveScree, Scree, scree
-from .widths import WidthPath, choose_widths
+from .measuring.curve import Scree
+from .measuring.live import LiveScree
+from .measuring.scree import scree
+from .models.copies import PruningError
+from .models.insert import insert, remove, replace_dropout, tail_dropouts
+from .pruning.budget import WidthPath, WidthStep, choose_widths
+from .pruning.plan import PrunePlan, plan_pruning, prune
+from .pruning.sweep import Sweep, SweepPoint
+from .shipping.pruned import load_pruned, save_pruned
+from .showing.report import report
 
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "LiveScree", "PrunePlan", "PruningError", "Scree", "TailDropout", "TailMLP", "WidthPath",
-    "choose_widths", "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune",
+    "LiveScree", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout",
+    "TailMLP", "WidthPath", "WidthStep", "choose_widths", "draws", "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune",
     "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
 ]

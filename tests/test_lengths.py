@@ -13,14 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from taildropout.lengths import (
-    Exponential,
-    Sizes,
-    Uniform,
-    draw,
-    draw_ranked,
-    probability_above,
-)
+from taildropout.draws import draw, draw_ranked, probability_above
+from taildropout.lengths import Exponential, Sizes, Uniform
 
 PS = [1e-9, 1e-6, 9.9e-5, 1.01e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-9]
 NS = [1, 2, 3, 7, 64, 1000, 10**6]

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from taildropout.files import written_whole
+from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
 from . import hermite, pca, regression, small, stratified, widths

@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
-from taildropout.files import written_whole
-from taildropout.plot import CHOSEN, DROPPED, KEPT, REFERENCE
+from taildropout.shipping.files import written_whole
+from taildropout.showing.plot import CHOSEN, DROPPED, KEPT, REFERENCE
 
 IMAGES = Path(__file__).parent.parent / "images"
 DPI = 125  # 1000 x 562 pixels: sharp where the page shows it 800 wide

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import taildropout as td
-from taildropout.plot import CHOSEN, DROPPED, KEPT, REFERENCE
+from taildropout.showing.plot import CHOSEN, DROPPED, KEPT, REFERENCE
 
 from .animate import FAINT, INK, STEP, Frames, box, canvas, inset, steps
 

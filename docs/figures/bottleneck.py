@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taildropout.demo.data import Images
 from taildropout.demo.model import Autoencoder
-from taildropout.plot import CHOSEN, KEPT, REFERENCE
+from taildropout.showing.plot import CHOSEN, KEPT, REFERENCE
 
 from .animate import DPI, FAINT, INK, Frames, canvas, inset, scree_strip, shade, steps, strip
 from .networks import WIDTH, Networks, P

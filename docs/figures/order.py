@@ -4,7 +4,7 @@ from fractions import Fraction
 
 from matplotlib.ticker import NullLocator
 
-from taildropout.plot import DROPPED, REFERENCE, plot_scree
+from taildropout.showing.plot import DROPPED, REFERENCE, plot_scree
 
 from .animate import INK, LAST, STEP, Frames, canvas, inset
 from .networks import WIDTH, Networks

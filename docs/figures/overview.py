@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 import taildropout as td
 from taildropout.demo import data
 from taildropout.demo.model import Autoencoder
-from taildropout.plot import REFERENCE, plot_mask, plot_scree
+from taildropout.showing.plot import REFERENCE, plot_mask, plot_scree
 
 from .networks import WIDTH, Networks, P
 

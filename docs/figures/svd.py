@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from taildropout.plot import DROPPED, KEPT, REFERENCE
+from taildropout.showing.plot import DROPPED, KEPT, REFERENCE
 
 from .animate import INK, STEP, Frames, canvas, inset, scree_strip, steps
 from .networks import Networks

@@ -13,9 +13,9 @@ from torch import nn
 
 import taildropout as td
 
-from ..files import written_whole
 from ..pruning.sweep import seconds_per_call
-from ..report import report
+from ..shipping.files import written_whole
+from ..showing.report import report
 from . import data
 from .model import Autoencoder, pca_errors, train
 
@@ -210,7 +210,7 @@ def _table(scree: td.Scree, pca: list[float], parameters: list[int], chosen: int
 def _scree_figure(scree: td.Scree, pca: list[float], chosen: int, name: str) -> "Figure":
     from matplotlib.figure import Figure
 
-    from ..plot import plot_scree
+    from ..showing.plot import plot_scree
 
     fig = Figure(figsize=(6, 4), layout="constrained")
     ax = fig.subplots()

@@ -1,35 +1,28 @@
-"""The record of what goes from a network: made, applied and verified, saved and loaded."""
+"""The record of what goes from a network: made and applied."""
 
 import copy
-import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from ..files import written_whole
-from ..functional import check_k
-from ..insert import Inputs, call, tail_dropouts
-from .analysis import Cut, Fit, Fold, Stay, analyse
+from ..models.copies import PruningError, tensors_by_name, with_own_buffers
+from ..models.inputs import Inputs, of_twice_the_batch, random_like
+from ..models.insert import tail_dropouts
+from ..models.width import layer_ks
 from .cost import Cost, costs_by_module
-from .graph import PruningError, structural_copy, tensors_by_name
+from .cuts import Cut, Fit, Fold, Stay, analyse
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
+from .verify import compare, difference_of, run, run_pruned, to_dtype
 
 FORMAT = 1
 
 # Up to this number of parameters a plan is verified in float64; beyond, that is too much memory.
 MOST_IN_FLOAT64 = 2**25
-
-# The largest difference, relative to the largest output, that rounding explains.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,7 @@ class PrunePlan:
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:
         tensors = tensors_by_name(model)
-        _check_model_fits(self.cuts, tensors)
+        check_model_fits(self.cuts, tensors)
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         shared = {id(tensors[cut.name]): tensors[cut.name] for cut in self.cuts}
         small = copy.deepcopy(model, shared)
@@ -182,14 +175,14 @@ class PrunePlan:
         return small
 
     def _verify(self, model: nn.Module, small: nn.Module, dtype: torch.dtype | None) -> None:
-        examples = [self.example_inputs, tree_map(_random_like, self.example_inputs)]
-        large, small = _with_own_buffers(model).eval(), _with_own_buffers(small).eval()
+        examples = [self.example_inputs, tree_map(random_like, self.example_inputs)]
+        large, small = with_own_buffers(model).eval(), with_own_buffers(small).eval()
         if dtype is not None:
             try:
                 precise = copy.deepcopy(model).eval().to(dtype)
-                converted = tree_map(lambda value: _to(value, dtype), examples)
+                converted = tree_map(lambda value: to_dtype(value, dtype), examples)
                 for inputs in converted:
-                    _run(precise, inputs)
+                    run(precise, inputs)
                 large, small, examples = precise, self._cut_copy(precise), converted
             except Exception:  # the model insists on its own dtype
                 pass
@@ -198,13 +191,13 @@ class PrunePlan:
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
         for inputs in examples:
-            _compare(self.k, large, small, inputs, _run(large, inputs))
-        doubled = _of_twice_the_batch(examples[1])
+            compare(self.k, large, small, inputs, run(large, inputs))
+        doubled = of_twice_the_batch(examples[1])
         try:
-            expected = _run(large, doubled)
+            expected = run(large, doubled)
         except Exception:  # the model takes batches of one size
             return
-        _compare(self.k, large, small, doubled, expected)
+        compare(self.k, large, small, doubled, expected)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan without its tensors and inputs, as plain data."""
@@ -255,10 +248,10 @@ def plan_pruning(
         3       Linear  4 x 16 -> 4 x 5  68 -> 24    256 -> 80
         all                              212 -> 69   768 -> 240
     """
-    ks = _layer_ks(model, k)
+    ks = layer_ks(model, k)
     for trust_sizes in (True, False):
         findings = analyse(model, ks, example_inputs, trust_sizes=trust_sizes)
-        small = _with_own_buffers(model)
+        small = with_own_buffers(model)
         operate(small, findings.cuts, findings.folds, findings.fits)
         try:
             after = _costs(small, example_inputs)
@@ -267,7 +260,7 @@ def plan_pruning(
         except PruningError:
             if not trust_sizes:
                 raise
-    before = _costs(_with_own_buffers(model), example_inputs)
+    before = _costs(with_own_buffers(model), example_inputs)
     return PrunePlan(
         findings.k,
         findings.n,
@@ -302,116 +295,12 @@ def prune(model: nn.Module, k: int | Mapping[str, int] | None, example_inputs: I
     return plan_pruning(model, k, example_inputs).apply(model)
 
 
-def save_pruned(small: nn.Module, plan: PrunePlan, path: str | os.PathLike[str]) -> None:
-    """Write a pruned model to a safetensors file, with the plan in its metadata.
-
-    The file is written whole or not at all.
-
-    Example:
-        >>> import tempfile
-        >>> from taildropout import TailDropout
-        >>> def fresh():
-        ...     return nn.Sequential(nn.Linear(8, 16), TailDropout(), nn.Linear(16, 4)).eval()
-        >>> model, x = fresh(), torch.randn(2, 8)
-        >>> plan = plan_pruning(model, 5, x)
-        >>> small = plan.apply(model)
-        >>> path = tempfile.mkdtemp() + "/small.safetensors"
-        >>> save_pruned(small, plan, path)
-        >>> torch.equal(load_pruned(fresh(), path)(x), small(x))
-        True
-    """
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in small.state_dict().items()
-    }
-    record = plan.to_dict()
-    record["sha256"] = _digest(record, tensors)
-    with written_whole(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"taildropout": json.dumps(record)}))
-
-
-def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Shrink a fresh full-size model to a saved pruned one, in place, and load its weights.
-
-    Args:
-        model: built as the model that was pruned; its weights don't matter. It keeps its device
-            and dtype.
-        path: a file by `save_pruned`.
-
-    Returns:
-        The model.
-
-    Raises:
-        PruningError: the file is damaged, from a newer version, not by `save_pruned`, or of
-            another model. The model is untouched then.
-        FileNotFoundError: there is no such file.
-    """
-    cuts, biases, fits, tensors = _read(path)
-    biases = [name for name in biases if tensors_by_name(model).get(name) is None]
-    try:
-        _check_model_fits(cuts, tensors_by_name(model))
-        folds = [Fold(name, torch.zeros_like(tensors[name])) for name in biases]
-        rehearsal = structural_copy(model)
-        operate(rehearsal, cuts, folds, fits)
-        expected = {name: t.shape for name, t in rehearsal.state_dict().items()}
-        found = {name: t.shape for name, t in tensors.items()}
-        if expected != found:
-            names = sorted(
-                name for name in expected | found if expected.get(name) != found.get(name)
-            )
-            raise PruningError(f"these tensors differ: {', '.join(names[:5])}")
-    except (PruningError, AttributeError, KeyError) as error:
-        raise PruningError(
-            f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
-        ) from error
-    operate(model, cuts, folds, fits)
-    model.load_state_dict(tensors)
-    return model
-
-
-def _layer_ks(model: nn.Module, k: int | Mapping[str, int] | None) -> dict[str, int]:
-    layers = tail_dropouts(model)
-    if not layers:
-        raise ValueError("the model must contain a TailDropout layer to be pruned, and has none")
-    if k is None:
-        given: Mapping[str, Any] = {name: m.k for name, m in layers.items() if m.k is not None}
-        if not given:
-            raise ValueError("k=None prunes to the ks that are set, and none is: call set_k(k)")
-    elif isinstance(k, Mapping):
-        given = k
-    elif len(layers) == 1:
-        given = dict.fromkeys(layers, k)
-    else:
-        raise ValueError(
-            f"the model has several TailDropout layers, give k as a dict: {sorted(layers)}"
-        )
-    unknown = sorted(set(given) - set(layers))
-    if unknown:
-        raise ValueError(
-            f"k must name TailDropout layers of the model, {sorted(layers)}, got {unknown}"
-        )
-    ks = {}
-    for name, value in given.items():
-        value = check_k(value)
-        if not isinstance(value, int):
-            raise TypeError(f"k must be one int for all samples, got {value} for layer {name!r}")
-        if value < 0:
-            raise ValueError(f"k must be at least 0, got {value} for layer {name!r}")
-        ks[name] = value
-    return ks
-
-
-def _with_own_buffers(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters only: running it may change buffers."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
 def _costs(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
     """Of every module by name, "" for the whole model."""
     for layer in tail_dropouts(model).values():
         layer.set_k(None)
     model.eval()
-    return costs_by_module(model, lambda: _run_pruned(model, inputs))
+    return costs_by_module(model, lambda: run_pruned(model, inputs))
 
 
 def _changes(
@@ -447,122 +336,16 @@ def _from_to(before: Cost, after: Cost) -> tuple[str, str]:
     )
 
 
-@torch.no_grad()
-def _run(model: nn.Module, inputs: Inputs) -> Any:
-    copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-    return call(model, copied)
-
-
-def _run_pruned(model: nn.Module, inputs: Inputs) -> Any:
-    try:
-        return _run(model, inputs)
-    except Exception as error:
-        raise PruningError(
-            f"the pruned network does not run: {error}. Its forward may spell out a size that "
-            "pruning changes, as in x.view(-1, 3136): read it from the tensors instead, as in "
-            "x.flatten(1). With k = 0, a layer may be one that torch can't run on no features"
-        ) from error
-
-
-def _random_like(value: Any) -> Any:
-    """Other values of the same shape and type: Gaussian, or integers that occurred already."""
-    if not isinstance(value, Tensor):
-        return value
-    generator = torch.Generator().manual_seed(0)
-    if value.is_floating_point() or value.is_complex():
-        return torch.randn(value.shape, dtype=value.dtype, generator=generator).to(value.device)
-    index = torch.randint(max(value.numel(), 1), value.shape, generator=generator)
-    return value.flatten()[index.to(value.device)]
-
-
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _of_twice_the_batch(inputs: Inputs) -> Any:
-    """Every tensor along whose first dim the samples lie, twice."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    batch = len(tensors[0]) if tensors else 0
-
-    def twice(value: Any) -> Any:
-        has_samples = isinstance(value, Tensor) and value.ndim and len(value) == batch
-        return torch.cat([value, value]) if has_samples else value
-
-    return tree_map(twice, inputs)
-
-
 def _agree(model: nn.Module, ks: dict[str, int], small: nn.Module, inputs: Inputs) -> bool:
     """Whether it seems so, on the example inputs in their own precision."""
-    large = _with_own_buffers(model).eval()
+    large = with_own_buffers(model).eval()
     for name, k in ks.items():
         tail_dropouts(large)[name].set_k(k)
-    difference, _ = _difference(_run(large, inputs), _run(small, inputs))
+    difference, _ = difference_of(run(large, inputs), run(small, inputs))
     return difference is None
 
 
-def _compare(
-    k: dict[str, int], large: nn.Module, small: nn.Module, inputs: Inputs, expected: Any
-) -> None:
-    difference, scale = _difference(expected, _run_pruned(small, inputs))
-    if difference is None:
-        return
-    message = (
-        f"the pruned network must compute what the model computes with k={k}, but differs by up "
-        f"to {difference:.3g} where the outputs are up to {scale:.3g}"
-    )
-    module = _first_that_differs(large, small, inputs)
-    if module is not None:
-        message += f", first in the output of module {module!r}"
-    raise PruningError(f"{message}. (If the weights have changed since plan_pruning, plan again.)")
-
-
-def _difference(expected: Any, actual: Any) -> tuple[float | None, float]:
-    """The largest difference and the largest output, where that is more than rounding."""
-    for one, other in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
-        if not isinstance(one, Tensor) or one.numel() == 0:
-            continue
-        if one.shape != other.shape:
-            raise PruningError(
-                f"an output of the pruned network has shape {tuple(other.shape)} instead of "
-                f"{tuple(one.shape)}"
-            )
-        same = (one == other) | (one.isnan() & other.isnan())
-        if one.dtype is torch.bool:
-            one, other = one.int(), other.int()
-        difference = torch.where(same, 0, (one - other).abs()).max().item()
-        scale = one.nan_to_num(posinf=0, neginf=0).abs().max().item()
-        precision = one.dtype.to_real() if one.is_complex() else one.dtype
-        if not difference <= TOLERANCE.get(precision, 0) * max(scale, 1e-30):
-            return difference, scale
-    return None, 0.0
-
-
-def _first_that_differs(large: nn.Module, small: nn.Module, inputs: Inputs) -> str | None:
-    """The first module to return whose output has kept its shape, but not its values."""
-    outputs: list[list[tuple[str, Tensor]]] = []
-    for model in (large, small):
-        seen: list[tuple[str, Tensor]] = []
-        handles = [
-            module.register_forward_hook(
-                lambda module, args, output, name=name, seen=seen: seen.append((name, output))
-            )
-            for name, module in model.named_modules()
-            if name
-        ]
-        try:
-            _run(model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        outputs.append(seen)
-    for (name, one), (_, other) in zip(*outputs, strict=False):
-        comparable = isinstance(one, Tensor) and isinstance(other, Tensor)
-        if comparable and one.shape == other.shape and _difference(one, other)[0] is not None:
-            return str(name)
-    return None
-
-
-def _check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:
+def check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:
     for cut in cuts:
         tensor = tensors.get(cut.name)
         if tensor is None or tensor.ndim <= cut.dim or tensor.shape[cut.dim] != cut.size:
@@ -571,47 +354,3 @@ def _check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:
                 f"the plan cuts {cut.name!r} of size {cut.size} along dim {cut.dim}, and the model "
                 f"has {found}"
             )
-
-
-def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    plan = {key: value for key, value in record.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        flat = torch.empty(tensors[name].numel(), dtype=tensors[name].dtype)  # of stride 1
-        flat.copy_(tensors[name].reshape(-1))
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[list[Cut], list[str], list[Fit], dict[str, Tensor]]:
-    """The cuts, the biases that may have to be made, the layers to be fitted, and the tensors."""
-    file_name = repr(os.fspath(path))
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise PruningError(f"{file_name} is not a whole safetensors file: {error}") from error
-    if "taildropout" not in metadata:
-        raise PruningError(f"{file_name} was not written by save_pruned: it holds no plan")
-    try:
-        record = json.loads(metadata["taildropout"])
-        if record["format"] > FORMAT:
-            raise PruningError(
-                f"{file_name} has format {record['format']}, and this version of taildropout "
-                f"reads up to {FORMAT}: update taildropout"
-            )
-        cuts = [Cut(name, dim, size, tuple(keep)) for name, dim, size, keep in record["cuts"]]
-        if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
-            raise ValueError("an index is out of range")
-        biases = [str(name) for name in record["biases"]]
-        fits = [Fit(str(name), int(width), int(size)) for name, width, size in record["fits"]]
-        intact = record["sha256"] == _digest(record, tensors)
-    except (ValueError, KeyError, TypeError) as error:
-        raise PruningError(f"{file_name} holds a damaged plan: {error!r}") from error
-    if not intact:
-        raise PruningError(f"{file_name} has been changed since it was written")
-    return cuts, biases, fits, tensors

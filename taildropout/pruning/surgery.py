@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..insert import tail_dropouts
-from .analysis import Cut, Fit, Fold
-from .fitted import FittedTailDropout
-from .graph import tensors_by_name
+from ..layers.fitted import FittedTailDropout
+from ..models.copies import tensors_by_name
+from ..models.insert import tail_dropouts
+from .cuts import Cut, Fit, Fold
+from .sizes import mend_attributes, mend_written_sizes, sizes_of_linears
 
 # torch.nn.utils.parametrize keeps the tensors of a module's weight in a module of its own.
 _OF_PARAMETRIZATION = re.compile(r"\.?parametrizations\.\w+$")
@@ -24,7 +25,7 @@ def operate(
     Every tensor that changes is a new one, so a model that shares tensors with another leaves
     the other as it is.
     """
-    before = _sizes(model)
+    before = sizes_of_linears(model)
     with torch.no_grad():
         for fold in folds:  # before its rows are cut
             _fold(model, fold)
@@ -43,8 +44,8 @@ def operate(
         fitted = FittedTailDropout.fit(layer, fit.width, fit.size)
         setattr(model.get_submodule(owner), attribute, fitted)
     for module in {_OF_PARAMETRIZATION.sub("", cut.name.rpartition(".")[0]) for cut in cuts}:
-        _mend_attributes(model.get_submodule(module))
-    _mend_written_sizes(model, before)
+        mend_attributes(model.get_submodule(module))
+    mend_written_sizes(model, before)
 
 
 def _fold(model: nn.Module, fold: Fold) -> None:
@@ -67,111 +68,3 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, value)
-
-
-def _mend_attributes(module: nn.Module) -> None:
-    """Make the sizes that torch's modules print and check fit their tensors again."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        out_dim, in_dim = (1, 0) if module.transposed else (0, 1)
-        if module.groups == 1:
-            module.out_channels, module.in_channels = weight.shape[out_dim], weight.shape[in_dim]
-        else:
-            whole = module.in_channels if module.transposed else module.out_channels
-            in_group = module.in_channels // module.groups
-            out_group = module.out_channels // module.groups
-            module.groups = module.groups * len(weight) // whole
-            module.in_channels = module.groups * in_group
-            module.out_channels = module.groups * out_group
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        tensor = weight if weight is not None else module.running_mean
-        if tensor is not None:
-            module.num_features = len(tensor)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
-    elif isinstance(module, nn.Bilinear):
-        module.out_features, module.in1_features, module.in2_features = weight.shape
-    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        module.embedding_dim = weight.shape[1]
-    elif isinstance(module, nn.RNNBase):
-        weights: Any = module.weight_ih_l0
-        module.input_size = weights.shape[1]
-        module._init_flat_weights()
-    elif isinstance(module, nn.RNNCellBase):
-        module.input_size = module.weight_ih.shape[1]
-    elif isinstance(module, nn.MultiheadAttention):
-        module.kdim = (
-            module.embed_dim if module.k_proj_weight is None else module.k_proj_weight.shape[1]
-        )
-        module.vdim = (
-            module.embed_dim if module.v_proj_weight is None else module.v_proj_weight.shape[1]
-        )
-    elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D
-        module.nx, module.nf = weight.shape
-
-
-# ---------------------------------------------------------------- sizes that users' modules hold
-
-_QUERIES = re.compile(r"(^|_)(q|qkv|query|in|c)(_|$)|^c_attn$|^q|query")
-_KEYS = re.compile(r"(^|_)(k|kv|key)(_|$)|^key")
-_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_WIDTHS = (
-    *("all_head_size", "inner_dim", "split_size", "intermediate_size", "hidden_features"),
-    *("ffn_dim", "d_ff", "n_inner", "intermediate_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
-)
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    """The number of outputs of each Linear, by name."""
-    sizes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            sizes[name] = module.out_features
-        elif hasattr(module, "nf") and hasattr(module, "nx"):
-            sizes[name] = int(module.nf)
-    return sizes
-
-
-def _mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
-    """Numbers of heads and widths that models hold as attributes, beside their Linear layers.
-
-    A model's `config` holds one number for all its blocks: it is changed where all agree.
-    """
-    after = _sizes(model)
-    config: Any = getattr(model, "config", None)
-    for_config: dict[tuple[str, int], set[int]] = {}
-    for owner_name, owner in model.named_modules():
-        linears = {
-            name.rpartition(".")[2]: (before[name], after[name])
-            for name in before
-            if name.rpartition(".")[0] == owner_name
-        }
-        for attributes, pattern in ((_HEADS, _QUERIES), (_KEY_HEADS, _KEYS)):
-            sizes = [size for name, size in linears.items() if pattern.search(name)]
-            for attribute in attributes:
-                heads = vars(owner).get(attribute, getattr(config, attribute, None))
-                if sizes and isinstance(heads, int) and heads > 0 and sizes[0][0] % heads == 0:
-                    old, new = sizes[0]
-                    kept = new * heads // old
-                    if attribute in vars(owner):
-                        setattr(owner, attribute, kept)
-                    for_config.setdefault((attribute, heads), set()).add(kept)
-        for attribute in _WIDTHS:
-            for old, new in linears.values():
-                if vars(owner).get(attribute) == old != new:
-                    setattr(owner, attribute, new)
-    if config is None:
-        return
-    for attribute in _WIDTHS:
-        width = getattr(config, attribute, None)
-        if attribute == "n_inner" and width is None and hasattr(config, "n_embd"):
-            width = 4 * config.n_embd
-        kept_widths = {after[name] for name, size in before.items() if size == width}
-        if isinstance(width, int) and len(kept_widths) == 1 and kept_widths != {width}:
-            setattr(config, attribute, kept_widths.pop())
-    for (attribute, heads), kept_heads in for_config.items():
-        if getattr(config, attribute, None) == heads and len(kept_heads) == 1:
-            setattr(config, attribute, kept_heads.pop())

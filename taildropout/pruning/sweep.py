@@ -4,18 +4,12 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..insert import Inputs, call
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from ..scree import Scree
+from ..measuring.curve import Scree
+from ..models.inputs import Inputs, call
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Sweep:
 
     points: list[SweepPoint]
 
-    def table(self, scree: "Scree | None" = None) -> str:
+    def table(self, scree: Scree | None = None) -> str:
         """One line for each k; with a scree also its loss and standard error.
 
         Raises:
@@ -55,7 +49,7 @@ class Sweep:
             for row in [head, *rows]
         )
 
-    def losses(self, scree: "Scree") -> list[tuple[float, float]]:
+    def losses(self, scree: Scree) -> list[tuple[float, float]]:
         """Loss and standard error at each k of the sweep."""
         missing = [p.k for p in self.points if p.k not in scree.ks]
         if missing:
@@ -64,12 +58,6 @@ class Sweep:
             )
         at = [scree.ks.index(p.k) for p in self.points if isinstance(p.k, int)]
         return [(float(scree.loss[i]), float(scree.stderr[i])) for i in at]
-
-    def plot(self, scree: "Scree", ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Loss against parameters. Needs matplotlib. See `taildropout.plot.plot_sweep`."""
-        from ..plot import plot_sweep
-
-        return plot_sweep(self, scree, ax=ax)
 
 
 @torch.no_grad()

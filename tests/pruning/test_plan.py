@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from oracle import (
+from helpers.oracle import (
     Net,
     as_trained,
     assert_computes,
@@ -25,6 +23,8 @@ from oracle import (
     masked,
     snapshot,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import relu

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from oracle import Net, as_trained, assert_same, chain, convs, snapshot
+from helpers.oracle import Net, as_trained, assert_same, chain, convs, snapshot
 from torch import nn
 from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import TailDropout
-from taildropout.pruning.analysis import Cut, Fold
-from taildropout.pruning.graph import structural_copy, tensors_by_name
+from taildropout.models.copies import structural_copy, tensors_by_name
+from taildropout.pruning.cuts import Cut, Fold
 from taildropout.pruning.surgery import operate
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from oracle import chain
+from helpers.oracle import chain
 from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import Scree
-from taildropout.plot import plot_sweep
+from taildropout.showing.plot import plot_sweep
 
 X = torch.zeros(3, 5)
 

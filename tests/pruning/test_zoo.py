@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import onnxruntime
 import pytest
 import torch
-from oracle import assert_same, masked, snapshot
+from helpers.oracle import assert_same, assert_same_outputs, masked, snapshot
+from helpers.zoo import ANY, NETWORKS, PARTS, Case, floats, linear, recurrent, sequence, wired
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
-from zoo import ANY, NETWORKS, PARTS, Case, floats, linear, recurrent, sequence, wired
 
 import taildropout as td
 from taildropout import TailDropout
-from taildropout.insert import call
-from taildropout.pruning.analysis import tensors_by_name
+from taildropout.models.copies import tensors_by_name
+from taildropout.models.inputs import call
 
 ZOO = {**NETWORKS, **PARTS}
 PLACES = ["one", "half", "all but one", "all"]
@@ -33,7 +33,7 @@ class Pruned:
     case: Case
     model: nn.Module
     ks: dict[str, int]
-    plan: td.pruning.PrunePlan
+    plan: td.PrunePlan
     small: nn.Module
     before: dict[str, object]
     after: dict[str, object]
@@ -56,13 +56,6 @@ def shapes(model):
     return {name: tuple(tensor.shape) for name, tensor in tensors_by_name(model).items()}
 
 
-@torch.no_grad()
-def assert_computes(small, model, ks, *inputs):
-    """`small` in eval mode equals the masked `model`, to the rounding of float64."""
-    actual = copy.deepcopy(small).eval()(*copy.deepcopy(inputs))
-    assert_close(actual, masked(model, ks, *inputs), rtol=1e-9, atol=1e-10)
-
-
 # ------------------------------------------------------------------------------------ the promise
 
 
@@ -70,7 +63,7 @@ def assert_computes(small, model, ks, *inputs):
 def test_the_small_network_computes_what_the_masked_one_does(name, place):
     p = pruned(name, place)
     for samples in (2, 5):
-        assert_computes(p.small, p.model, p.ks, *p.case.inputs(samples))
+        assert_same_outputs(p.small, p.model, p.ks, *p.case.inputs(samples))
 
 
 @pytest.mark.parametrize(("name", "place"), EVERY + LEFT)
@@ -143,7 +136,7 @@ def test_a_small_network_can_be_pruned_again(name):
     p = pruned(name, "all but one")
     smaller = {layer: max(1, k // 2) for layer, k in p.ks.items()}
     again = td.prune(p.small, smaller, p.case.inputs(2))
-    assert_computes(again, p.model, smaller, *p.case.inputs(5))
+    assert_same_outputs(again, p.model, smaller, *p.case.inputs(5))
     at_once = td.prune(p.model, smaller, p.case.inputs(2))
     assert shapes(again) == shapes(at_once)
 
@@ -335,7 +328,7 @@ def by_slices(both):
 def test_what_is_split_by_numbers_in_the_code_stays(how, k):
     model = Written(how).double()
     small = td.prune(model, k, floats(2, 5))
-    assert_computes(small, model, {"tail": k}, floats(4, 5))
+    assert_same_outputs(small, model, {"tail": k}, floats(4, 5))
     assert small.both.weight.shape == (16, 5)
     assert small.out.weight.shape == (3, k)
 

@@ -1,0 +1,145 @@
+"""A two-layer network with tail dropout in between that does not compute the tail."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from ..draws import draw_ranked, probability_above
+from ..lengths import Lengths
+from .checks import resolve_dims, spread
+from .dropout import lengths_or_default
+from .prefix import zero_tail
+from .rows import first_rows, permute, sum_of_rows
+
+
+def tail_mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    p: float = 0.5,
+    training: bool = True,
+    batch_dim: int | Sequence[int] = 0,
+    *,
+    activation: Callable[[Tensor], Tensor] = gelu,
+    lengths: Lengths | None = None,
+    blocks: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`linear(tail_dropout(activation(linear(input))))`, without computing the tail.
+
+    In training the rows are arranged by falling k and the hidden features are cut into blocks;
+    each block is computed for those rows only whose k reaches it: a staircase, of about a
+    fraction 1 - p of the two matrix products, forward and backward. The draws are stratified, so
+    how many rows reach a block at most is known before drawing, and nothing waits for the device.
+    Random state included, the result and all gradients are those of the three functions in turn.
+    With `training=False` nothing is dropped.
+
+    Args:
+        input: `(..., in_features)`.
+        weight1: `(hidden_features, in_features)`.
+        bias1: `(hidden_features,)`, or None.
+        weight2: `(out_features, hidden_features)`.
+        bias2: `(out_features,)`, or None.
+        p: expected fraction of the hidden features dropped; not used if `lengths` is given.
+        training: whether to drop.
+        batch_dim: the dim, or dims, of the input whose every index draws its own k.
+        activation: any elementwise function.
+        lengths: distribution of k. None: `Exponential(p)`.
+        blocks: into how many blocks the hidden features are cut: more leave less of the tail
+            in, but make for smaller matrix products. None: of 256 features each, at most 16.
+        generator: source of randomness, torch's global one by default.
+
+    Returns:
+        Shape `(..., out_features)`.
+
+    Raises:
+        ValueError: p outside [0, 1] or NaN, fewer than one block.
+        IndexError: a dim that the input does not have.
+
+    Example:
+        >>> weight1, weight2 = torch.randn(64, 8), torch.randn(2, 64)
+        >>> tail_mlp(torch.randn(32, 8), weight1, None, weight2, None, p=0.8).shape
+        torch.Size([32, 2])
+    """
+    if not training:
+        lengths_or_default(lengths, p)  # checks p
+        return linear(activation(linear(input, weight1, bias1)), weight2, bias2)
+    output, _ = tail_mlp_with_k(
+        input,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        p,
+        batch_dim,
+        activation=activation,
+        lengths=lengths,
+        blocks=blocks,
+        generator=generator,
+    )
+    return output
+
+
+def tail_mlp_with_k(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    p: float,
+    batch_dim: int | Sequence[int],
+    *,
+    activation: Callable[[Tensor], Tensor],
+    lengths: Lengths | None,
+    blocks: int | None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tail_mlp` in training, and the k that it drew: one per index of the batch dims."""
+    lengths = lengths_or_default(lengths, p)
+    n = len(weight1)
+    blocks = min(max(n // 256, 1), 16) if blocks is None else blocks
+    if blocks < 1:
+        raise ValueError(f"blocks must be at least 1, got {blocks}")
+    batch_dims, _ = resolve_dims(input, batch_dim, -1)
+    leading = tuple(range(len(batch_dims)))
+    rows = input.movedim(batch_dims, leading)
+    samples = rows.shape[: len(batch_dims)]
+    rows = rows.flatten(0, len(batch_dims) - 1) if batch_dims else rows[None]
+    count = len(rows)
+
+    k, rank = draw_ranked(lengths, n, count, device=input.device, generator=generator)
+    k = k.flip(0)
+    position = count - 1 - rank  # of each sample among the falling ks
+    order = torch.empty_like(rank).scatter_(0, position, torch.arange(count, device=rank.device))
+
+    starts = sorted({n * block // blocks for block in range(blocks)})
+    widths = [end - start for start, end in zip(starts, [*starts[1:], n], strict=True)]
+    # The slack is for rounding: one row too many costs little, one too few would be wrong.
+    counts = tuple(
+        min(count, math.ceil(count * probability_above(lengths, n, start) + 1e-6))
+        for start in starts
+    )
+    biases = [None] * len(starts) if bias1 is None else bias1.split(widths)
+    parts = []
+    for start, width, rows_b, weight1_b, bias1_b, weight2_b in zip(
+        starts,
+        widths,
+        first_rows(permute(rows, order, position), counts),
+        weight1.split(widths),
+        biases,
+        weight2.split(widths, dim=1),
+        strict=True,
+    ):
+        hidden = activation(linear(rows_b, weight1_b, bias1_b))  # (count, ..., width)
+        k_b = (k[: len(rows_b)] - start).clamp(0, width)
+        hidden = zero_tail(hidden, spread(k_b, hidden, (0,)), hidden.ndim - 1, inplace=False)
+        parts.append(linear(hidden, weight2_b))
+    output = permute(sum_of_rows(tuple(parts), count), position, order)
+    output = output if bias2 is None else output + bias2.to(output.dtype)
+    output = output.unflatten(0, samples) if batch_dims else output[0]
+    return output.movedim(leading, batch_dims), k.gather(0, position).view(samples)

@@ -1,0 +1,147 @@
+"""Keep a prefix of the features, zero the tail."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .checks import align_k, check_k, check_k_at_most, largest_k, resolve_dim, resolve_dims, spread
+
+
+def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool = False) -> Tensor:
+    """Keep the first k features along `dim` and zero the rest, in training and in eval alike.
+
+    The kept features are bit for bit the input's. The others are zero, even where the input is
+    NaN or Inf, and so is their gradient. Only k is saved for the backward pass.
+
+    Args:
+        input: any shape and dtype.
+        k: how many features to keep: an int in 0, ..., n, or an integer tensor. A tensor with as
+            many dims as the input has size 1 along `dim` and broadcasts along the others; one
+            with fewer dims is aligned from the left with the input's dims other than `dim`:
+            shape `(batch,)` is one k per sample, whatever the number of dims behind.
+        dim: the dim along which the features lie.
+        inplace: write the result into `input`.
+
+    Returns:
+        Shape, dtype, device and memory format of `input`.
+
+    Raises:
+        ValueError: k is negative or above n, or its shape does not fit. (The values are not
+            looked at in a compiled call, nor under vmap: there a k above n keeps everything.)
+        TypeError: k is not an integer.
+        IndexError: a dim that the input does not have.
+
+    Example:
+        >>> keep_prefix(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([1, 2]))
+        tensor([[1., 0., 0.],
+                [4., 5., 0.]])
+    """
+    dim = resolve_dim(input, dim, "dim")
+    k = check_k(k)
+    if not torch.compiler.is_compiling():
+        check_k_at_most(largest_k(k), input.shape[dim])
+    if isinstance(k, Tensor):
+        k = align_k(k, input, dim)
+    return zero_tail(input, k, dim, inplace)
+
+
+def keep_prefix_of_samples(
+    input: Tensor,
+    k: int | Tensor,
+    batch_dim: int | Sequence[int],
+    dropout_dim: int,
+    *,
+    largest_k: int,
+    inplace: bool,
+) -> Tensor:
+    """`keep_prefix` with k indexed by the batch dims, in their order, and its maximum known."""
+    if isinstance(k, int) or k.ndim == 0:
+        dim = resolve_dim(input, dropout_dim, "dropout_dim")
+    else:
+        batch_dims, dim = resolve_dims(input, batch_dim, dropout_dim)
+        samples = tuple(input.shape[d] for d in batch_dims)
+        if k.shape != samples:
+            raise ValueError(
+                f"k must have one entry for each index of batch_dim={batch_dim}, shape {samples}, "
+                f"got shape {tuple(k.shape)} for an input of shape {tuple(input.shape)}"
+            )
+        k = spread(k, input, batch_dims)
+    if not torch.compiler.is_compiling():
+        check_k_at_most(largest_k, input.shape[dim])
+    return zero_tail(input, k, dim, inplace)
+
+
+def zero_tail(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Tensor:
+    """`keep_prefix` for a checked k: an int, or a tensor that broadcasts against the input."""
+    k = k.to(input.device) if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
+    if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
+        output = _zero_where_not_kept(input, k, dim)
+    else:
+        output = _apply_keep_prefix(input, k, dim)
+    return input.copy_(output) if inplace else output
+
+
+def _zero_where_not_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
+    n = input.shape[dim]
+    position = torch.arange(n, device=input.device)
+    position = position.view([n if d == dim else 1 for d in range(input.ndim)])
+    output = torch.where(position < k, input, input.new_zeros(()))
+    like_input = torch.empty_like(input)
+    if output.stride() != like_input.stride():  # where may take its strides from the mask
+        output = like_input.copy_(output)
+    return output
+
+
+def _apply_keep_prefix(input: Tensor, k: Tensor, dim: int) -> Tensor:
+    output: Tensor = _KeepPrefix.apply(input, k, dim)
+    return output
+
+
+class _KeepPrefix(torch.autograd.Function):
+    """Zeroes the tail and saves k, where autograd would save a mask of the input's size."""
+
+    @staticmethod
+    def forward(input: Tensor, k: Tensor, dim: int) -> Tensor:
+        bits = cpu.as_bits(input) if type(k) is Tensor and k.device.type == "cpu" else None
+        if bits is not None:
+            return cpu.keep_prefix(bits, k, dim).view(input.dtype)
+        return _zero_where_not_kept(input, k, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        _, k, ctx.dim = inputs
+        ctx.save_for_backward(k)
+        ctx.save_for_forward(k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (k,) = ctx.saved_tensors
+        return _apply_keep_prefix(grad, k, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (k,) = ctx.saved_tensors
+        return _apply_keep_prefix(tangent, k, ctx.dim)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None, None], input: Tensor, k: Tensor, dim: int
+    ) -> tuple[Tensor, int]:
+        input_dim, k_dim, _ = in_dims
+        if input_dim is None:
+            input = input.expand(info.batch_size, *input.shape)
+        else:
+            input = input.movedim(input_dim, 0)
+        k = k.clamp(max=input.shape[dim + 1])  # nobody could look at the values before
+        if k_dim is not None:
+            k = k.movedim(k_dim, 0)
+            k = k.reshape(len(k), *[1] * (input.ndim - k.ndim), *k.shape[1:])
+        return _apply_keep_prefix(input, k, dim + 1), 0
+
+
+# autograd.Function looks the signature up in each call; it is quicker to find than to make.
+_KeepPrefix.forward.__signature__ = inspect.signature(_KeepPrefix.forward)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""What `torch.export` says of a model: its dataflow, and which features can go from it."""

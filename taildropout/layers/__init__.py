@@ -1,0 +1,6 @@
+"""Modules with the names of the functions: they store arguments, and all that a pickle holds is here."""
+
+from .dropout import TailDropout
+from .mlp import TailMLP
+
+__all__ = ["TailDropout", "TailMLP"]

@@ -1,0 +1,34 @@
+"""A TailDropout in a pruned network whose neighbours could not both be cut."""
+
+from torch import Tensor
+from torch.nn import functional
+
+from .dropout import TailDropout
+
+
+class FittedTailDropout(TailDropout):
+    """A TailDropout on the first `width` of the features that arrive, with `size` going out.
+
+    Where the module in front of a layer can't be cut, more features arrive, and the rest of them
+    is sliced away; where the one behind can't be cut, zeros are added. Everything else, and what
+    p and k mean, is as in a TailDropout of `width` features.
+    """
+
+    width: int
+    size: int
+
+    @classmethod
+    def fit(cls, layer: TailDropout, width: int, size: int) -> "FittedTailDropout":
+        """A copy of the layer, fitted."""
+        fitted = cls()
+        fitted.__dict__.update(layer.__dict__)
+        fitted.width, fitted.size = width, size
+        return fitted
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input.narrow(self.dropout_dim, 0, self.width))
+        behind = output.ndim - 1 - range(output.ndim)[self.dropout_dim]  # the dims after it
+        return functional.pad(output, [0, 0] * behind + [0, self.size - self.width])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, width={self.width}, size={self.size}"

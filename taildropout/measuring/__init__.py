@@ -1,0 +1,1 @@
+"""Loss as a function of k: measured, and what to conclude."""

@@ -1,0 +1,111 @@
+"""The measurement: loss as a function of k."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import choose
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Scree:
+    """Loss as a function of k, measured on the same samples for every k.
+
+    Attributes:
+        layer: qualified name of the layer.
+        ks: the measured prefix lengths, increasing.
+        loss: mean loss for each of them; float64, shape `(len(ks),)`.
+        count: number of samples.
+        cov: covariance of the per-sample losses of two ks; float64, `(len(ks), len(ks))`.
+    """
+
+    layer: str
+    ks: list[int]
+    loss: Tensor
+    count: int
+    cov: Tensor = field(repr=False)
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of each mean loss: float64, shape `(len(ks),)`. NaN for one sample."""
+        return (self.cov.diagonal() / self.count).sqrt()
+
+    def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> int:
+        """The smallest k that surely loses at most a tolerance against the largest measured k.
+
+        See `taildropout.measuring.choose.choose`.
+        """
+        return choose.choose(self, tolerance, confidence)
+
+    def explain(self, tolerance: float = 0.01, confidence: float = 0.95) -> str:
+        """What `choose` answers and why, and what it would take to go further down.
+
+        See `taildropout.measuring.choose.explain`.
+        """
+        return choose.explain(self, tolerance, confidence)
+
+    def one_standard_error(self) -> int:
+        """The smallest k whose loss is within one standard error of the smallest loss.
+
+        See `taildropout.measuring.choose.one_standard_error`.
+        """
+        return choose.one_standard_error(self)
+
+    def knee(self) -> int | None:
+        """The k where the curve bends most, or None if it does not bend.
+
+        See `taildropout.measuring.choose.knee`.
+        """
+        return choose.knee(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement as plain data, fit for JSON; `from_dict` reads it back."""
+        return {
+            "layer": self.layer,
+            "ks": self.ks,
+            "loss": self.loss.tolist(),
+            "count": self.count,
+            "cov": self.cov.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Scree":
+        """The Scree that `to_dict` wrote.
+
+        Example:
+            >>> s = Scree("1", [0, 1], torch.tensor([2.0, 1.0]).double(), 9, torch.eye(2).double())
+            >>> Scree.from_dict(s.to_dict()).to_dict() == s.to_dict()
+            True
+        """
+        return cls(
+            data["layer"],
+            list(data["ks"]),
+            torch.tensor(data["loss"], dtype=torch.float64),
+            data["count"],
+            torch.tensor(data["cov"], dtype=torch.float64),
+        )
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A table with the columns k (the index), loss and stderr. Needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas needs pandas: pip install 'taildropout[pandas]'"
+            ) from error
+        columns = {"loss": self.loss.tolist(), "stderr": self.stderr.tolist()}
+        return pd.DataFrame(columns, index=pd.Index(self.ks, name="k"))
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Loss against k with its standard error. Needs matplotlib. See `taildropout.showing.plot`."""
+        from ..showing.plot import plot_scree
+
+        return plot_scree(self, ax=ax)

@@ -1,0 +1,127 @@
+"""Measuring loss(k): how much each further feature is worth, on held-out data."""
+
+import logging
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..functional.checks import check_k_at_most
+from ..models.inputs import Inputs, call, pair_of, to_device
+from ..models.width import as_it_was, check_ks, features_of, find_layer
+from .at_once import FanOut, FanOutError
+from .curve import Scree
+from .moments import Moments, of_all_processes
+from .per_sample import Loss, per_sample
+
+log = logging.getLogger(__name__)
+
+
+def scree(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[tuple[Inputs, Any]],
+    *,
+    layer: str | None = None,
+    ks: Iterable[int] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    memory: int = 2**30,
+) -> Scree:
+    """Measure the loss for each prefix length k of one TailDropout layer.
+
+    The model is run in eval mode without gradients, and comes back in the state that it was in:
+    modes, ks, and the state of torch's random generator, also after an exception or Ctrl-C.
+
+    The part of the model before the layer runs once for many ks: the layer fans its input out to
+    a chunk of the ks along the batch dim, and the rest of the model sees one larger batch. Where
+    a single `nn.Linear` reads the layer, its outputs for all ks are one running sum. On the first
+    batch this is checked against plain runs with `set_k`; where it does not agree (a skip
+    connection around the layer, say), all ks are run one by one, and the log says why.
+
+    Under `torch.distributed` each process passes its own share of the data, all must take part,
+    and all get the same result. Of a DistributedDataParallel pass `model.module`: the wrapper
+    itself talks to the other processes in each call, and shares need not have as many batches.
+
+    Args:
+        model: a model with a TailDropout layer. Other TailDropout layers keep the k that is
+            set, or pass everything.
+        loss: `loss(output, target)` must give one value per sample. A torch loss module with a
+            `reduction` is used with `reduction="none"` and averaged over the sample's other dims.
+        data: yields `(inputs, target)`, where inputs is a tensor (`model(inputs)`), a tuple
+            (`model(*inputs)`) or a dict (`model(**inputs)`). Held-out data: on the training
+            data every further feature seems to help.
+        layer: qualified name of the layer, needed if there are several.
+        ks: the ks to measure. None: all of 0, ..., n up to n = 256, else 0, n and up to 128
+            sizes spaced geometrically. The largest is what `choose` compares with, so include n.
+        device: where the batches are moved to. None: the device of the model's parameters.
+        progress: show a progress bar.
+        memory: bytes that the activations of a chunk of ks may take, about.
+
+    Raises:
+        ValueError: no TailDropout layer, several and none named, a layer that the model does not
+            call, no data, a k outside 0, ..., n, a loss with class weights or ignored targets.
+        TypeError: the loss does not give one value per sample; the message says how to mend it.
+
+    Example:
+        >>> from taildropout import TailDropout
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 3), TailDropout(), nn.Linear(3, 2))
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(5)]
+        >>> s = scree(model, nn.MSELoss(), batches, progress=False)
+        >>> s.layer, s.ks, s.count
+        ('1', [0, 1, 2, 3], 40)
+    """
+    name, swept = find_layer(model, layer)
+    per_sample_loss = per_sample(loss)
+    chosen = None if ks is None else check_ks(ks)
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), None)
+    moments: Moments | None = None
+    fan_out: FanOut | None = FanOut(model, swept, per_sample_loss, memory)
+    total = len(data) if isinstance(data, Sized) else None
+    with as_it_was(model, swept), torch.no_grad():
+
+        def one_by_one(inputs: Inputs, target: Any, ks: list[int]) -> Tensor:  # (len(ks), batch)
+            losses = []
+            for k in ks:
+                with swept.using_k(k):
+                    losses.append(per_sample_loss(call(model, inputs), target))
+            return torch.stack(losses).double().cpu()
+
+        for batch in tqdm(data, desc="scree", total=total, disable=not progress):
+            inputs, target = to_device(pair_of(batch), device)
+            if moments is None or chosen is None:
+                n = features_of(model, swept, name, inputs)
+                chosen = _default_ks(n) if chosen is None else chosen
+                check_k_at_most(chosen[-1], n)
+                moments = Moments(len(chosen))
+            if fan_out is not None and not fan_out.checked:
+                some = sorted({chosen[i * (len(chosen) - 1) // 3] for i in range(4)})
+                expected = one_by_one(inputs, target, some)
+                try:
+                    fan_out.check(inputs, target, some, expected)
+                except FanOutError as error:
+                    fan_out = None
+                    log.info("scree of layer %r runs each k by itself: %s", name, error)
+            losses: Tensor | None = None
+            if fan_out is not None and fan_out.checked:
+                try:
+                    losses = fan_out.losses(inputs, target, chosen)
+                except Exception as error:  # this batch took another way through the network
+                    fan_out = None
+                    log.info("scree of layer %r runs each k by itself from here: %s", name, error)
+            moments.add(one_by_one(inputs, target, chosen) if losses is None else losses)
+    chosen, moments = of_all_processes(chosen, moments)
+    if moments is None or chosen is None or moments.count == 0:
+        raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
+    return Scree(name, chosen, moments.mean, moments.count, moments.covariance())
+
+
+def _default_ks(n: int) -> list[int]:
+    if n <= 256:
+        return list(range(n + 1))
+    spaced = torch.logspace(0, torch.tensor(n).log2().item(), 128, base=2, dtype=torch.float64)
+    return sorted({0, n, *spaced.round().long().tolist()})

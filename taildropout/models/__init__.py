@@ -1,0 +1,1 @@
+"""Dealing with someone else's model: calling it, putting layers into it, setting its width."""

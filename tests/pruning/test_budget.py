@@ -1,0 +1,142 @@
+"""Widths for several layers under a budget, against equal shrinking and against direct pruning."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+import taildropout as td
+from taildropout.showing.plot import plot_widths
+
+LAYERS = ["2", "5", "8"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, classes = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    return pixels.float() / 16, classes
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """An MLP of three hidden layers of 64."""
+    torch.manual_seed(0)
+    pixels, classes = digits
+    blocks = [
+        [nn.Linear(width, 64), nn.ReLU(), td.TailDropout()] for width in (pixels.shape[1], 64, 64)
+    ]
+    model = nn.Sequential(*(module for block in blocks for module in block), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(400):
+        index = torch.randint(1200, (128,))
+        optimizer.zero_grad()
+        cross_entropy(model(pixels[index]), classes[index]).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def held_out(digits):
+    pixels, classes = digits
+    return [(pixels[1200:], classes[1200:])]
+
+
+@pytest.fixture(scope="module")
+def path(trained, held_out):
+    inputs = held_out[0][0][:2]
+    return td.choose_widths(trained, nn.CrossEntropyLoss(), held_out, 0.5, inputs)
+
+
+@torch.no_grad()
+def loss_and_parameters(model, widths, held_out):
+    (pixels, classes), *_ = held_out
+    small = td.prune(model, widths, pixels[:2]).eval()
+    return cross_entropy(small(pixels), classes).item(), sum(p.numel() for p in small.parameters())
+
+
+def test_every_step_is_a_pruned_network_with_its_measured_loss(trained, held_out, path):
+    assert path.of == "parameters"
+    assert path.steps[0].widths == dict.fromkeys(LAYERS, 64)
+    for step in (path.steps[0], path.steps[1], path.steps[-1]):
+        loss, parameters = loss_and_parameters(trained, step.widths, held_out)
+        assert step.cost == parameters
+        assert_close(step.loss, loss, rtol=1e-4, atol=1e-6)
+        assert step.stderr > 0
+
+
+def test_the_path_ends_at_the_first_within_the_budget(path):
+    costs = [step.cost for step in path.steps]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] <= 0.5 * costs[0] < costs[-2]
+    assert path.widths is path.steps[-1].widths
+
+
+def test_it_beats_shrinking_all_layers_alike(trained, held_out, path):
+    """Against the widest equal layers within the budget, and all those that are smaller."""
+    equal = [
+        loss_and_parameters(trained, dict.fromkeys(LAYERS, width), held_out)
+        for width in range(32, 48)
+    ]
+    within = [loss for loss, parameters in equal if parameters <= 0.5 * path.steps[0].cost]
+    assert 0 < len(within) < len(equal)
+    assert path.steps[-1].loss < min(within)
+
+
+def test_a_budget_of_flops(trained, held_out):
+    inputs = held_out[0][0][:2]
+    path = td.choose_widths(
+        trained, nn.CrossEntropyLoss(), held_out, 0.8, inputs, of="flops", steps=4
+    )
+    plan = td.plan_pruning(trained, path.widths, inputs)
+    assert path.steps[-1].cost == plan.after.flops <= 0.8 * plan.before.flops
+
+
+def test_the_whole_budget_takes_nothing_away(trained, held_out):
+    inputs = held_out[0][0][:2]
+    (step,) = td.choose_widths(trained, nn.CrossEntropyLoss(), held_out, 1, inputs).steps
+    assert step.widths == dict.fromkeys(LAYERS, 64)
+
+
+def test_the_model_comes_back_as_it_was(trained, held_out):
+    trained.train()
+    td.tail_dropouts(trained)["5"].set_k(7)
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    td.choose_widths(trained, nn.CrossEntropyLoss(), held_out, 0.9, held_out[0][0][:2], steps=2)
+    assert trained.training
+    assert [layer.k for layer in td.tail_dropouts(trained).values()] == [None, 7, None]
+    for name, tensor in trained.state_dict().items():
+        assert_close(tensor, before[name], rtol=0, atol=0)
+    td.tail_dropouts(trained)["5"].set_k(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"budget": 0}, r"budget must be a fraction in \(0, 1\], got 0"),
+        ({"budget": 1.5}, r"budget must be a fraction in \(0, 1\], got 1.5"),
+        ({"budget": 0.001}, "budget 0.001 is too small: layers of one feature exceed it"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"model": nn.Linear(3, 3)}, "must contain TailDropout layers"),
+        ({"data": iter([])}, "pass a list or DataLoader, no generator"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(trained, held_out, change, words):
+    arguments = {
+        "model": trained,
+        "loss": nn.CrossEntropyLoss(),
+        "data": held_out,
+        "budget": 0.5,
+        "example_inputs": held_out[0][0][:2],
+    }
+    with pytest.raises(ValueError, match=words):
+        td.choose_widths(**{**arguments, **change})
+
+
+def test_the_plot_shows_the_path(path):
+    _, ax = plot_widths(path)
+    (line,) = ax.lines
+    assert line.get_xdata()[0] == 1
+    assert line.get_xdata()[-1] <= 0.5
+    assert_close(list(line.get_ydata()), [step.loss for step in path.steps], rtol=1e-6, atol=0)
