@@ -439,10 +439,16 @@ def test_a_missing_extra_is_named_with_the_command_that_mends_it(monkeypatch, tm
 # --- in a browser -----------------------------------------------------------------------------
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_chromium = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="Chromium is not here: apt-get install chromium chromium-driver",
-)
+
+
+def needs_chromium(test):
+    here = pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="Chromium is not here: apt-get install chromium chromium-driver",
+    )
+    return pytest.mark.browser(here(test))
+
+
 FLAGS = [
     "--headless=new",
     "--no-sandbox",  # which root can't have
