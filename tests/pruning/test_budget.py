@@ -10,6 +10,8 @@ from torch.testing import assert_close
 import taildropout as td
 from taildropout.showing.plot import plot_widths
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ["2", "5", "8"]
 
 

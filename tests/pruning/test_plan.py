@@ -67,6 +67,7 @@ ACTIVATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_every_elementwise_activation_before_and_behind_the_layer(activation):
     model = chain(4, copy.deepcopy(activation), before=[copy.deepcopy(activation)])
@@ -74,6 +75,7 @@ def test_every_elementwise_activation_before_and_behind_the_layer(activation):
         assert_prunes(model, k, (3, 5), (1, 5), (7, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consumer_bias", [True, False])
 @pytest.mark.parametrize("producer_bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.Sigmoid()], ids=str)
@@ -156,6 +158,7 @@ CONVS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVS)
 def test_convolutions_and_pooling(name):
     model = as_trained(copy.deepcopy(CONVS[name]))
@@ -212,6 +215,7 @@ def test_channels_that_are_flattened_before_the_layer_go_whole():
         assert small[5].weight.shape == (3, 9 * channels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_dim", [0, 1, [0, 1], (), [1, 0]], ids=str)
 def test_sequences(batch_dim):
     model = nn.Sequential(
@@ -362,6 +366,7 @@ def chains(draw):
     return modules, k
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(chains())
 @example(([nn.Linear(3, 2), TailDropout(), nn.Sigmoid(), nn.Linear(2, 2, bias=False)], 1))

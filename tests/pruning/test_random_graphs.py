@@ -17,6 +17,8 @@ from torch.nn import functional as F
 import taildropout as td
 from taildropout import PruningError, TailDropout
 
+pytestmark = pytest.mark.slow
+
 
 class Do(nn.Module):
     """A function as a module; its name says which in a failing example."""
