@@ -14,7 +14,7 @@ from ..models.inputs import Inputs, of_twice_the_batch, random_like
 from ..models.insert import tail_dropouts
 from ..models.width import layer_ks
 from .cost import Cost, costs_by_module
-from .cuts import Cut, Fit, Fold, Stay, analyse
+from .cuts import Cut, Fit, Fold, Reading, Stay
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
 from .verify import compare, difference_of, run, run_pruned, to_dtype
@@ -249,8 +249,9 @@ def plan_pruning(
         all                              212 -> 69   768 -> 240
     """
     ks = layer_ks(model, k)
+    reading = Reading(model, example_inputs)
     for trust_sizes in (True, False):
-        findings = analyse(model, ks, example_inputs, trust_sizes=trust_sizes)
+        findings = reading.find(ks, trust_sizes=trust_sizes)
         small = with_own_buffers(model)
         operate(small, findings.cuts, findings.folds, findings.fits)
         try:

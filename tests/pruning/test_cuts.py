@@ -13,13 +13,13 @@ from torch.testing import assert_close
 import taildropout as td
 from taildropout import PruningError, TailDropout
 from taildropout.models.copies import structural_copy, tensors_by_name
-from taildropout.pruning.cuts import analyse
+from taildropout.pruning.cuts import Reading
 
 
 def cuts(model, k, shape):
     """{tensor: {dim: the indices that stay}}"""
     found = {}
-    for cut in analyse(model, k, torch.randn(shape)).cuts:
+    for cut in Reading(model, torch.randn(shape)).find(k).cuts:
         assert cut.size == tensors_by_name(model)[cut.name].shape[cut.dim]
         found.setdefault(cut.name, {})[cut.dim] = list(cut.keep)
     return found
@@ -37,7 +37,7 @@ class First(nn.Module):
 
 
 def folds(model, k, shape):
-    return {fold.name: fold.constant for fold in analyse(model, k, torch.randn(shape)).folds}
+    return {fold.name: fold.constant for fold in Reading(model, torch.randn(shape)).find(k).folds}
 
 
 # --------------------------------------------------------------------------------------- what goes
@@ -51,7 +51,7 @@ def test_a_chain_loses_the_producers_rows_and_the_consumers_columns(k):
 
 
 def test_nothing_goes_at_k_of_all_features():
-    found = analyse(chain(4, nn.Sigmoid()), {"1": 4}, torch.randn(2, 5))
+    found = Reading(chain(4, nn.Sigmoid()), torch.randn(2, 5)).find({"1": 4})
     assert (found.k, found.n, found.cuts, found.folds) == ({"1": 4}, {"1": 4}, [], [])
 
 
@@ -146,7 +146,7 @@ def test_the_constant_of_a_shift():
 def test_the_constant_of_a_batch_norm():
     model = as_trained(chain(4, nn.BatchNorm1d(4))).double()
     expected = model[-1].weight[:, 1:] @ norm_of_zero(model[2])[1:]
-    found = analyse(model, {"1": 1}, torch.randn(2, 5, dtype=torch.float64)).folds
+    found = Reading(model, torch.randn(2, 5, dtype=torch.float64)).find({"1": 1}).folds
     assert [fold.name for fold in found] == ["3.bias"]
     assert_close(found[0].constant, expected.detach(), rtol=1e-12, atol=1e-14)
 
