@@ -51,7 +51,7 @@ def choose_widths(
     *,
     of: Literal["parameters", "flops"] = "parameters",
     steps: int = 16,
-    progress: bool = False,
+    progress: bool = True,
 ) -> WidthPath:
     """Share out a budget among all TailDropout layers of a model.
 

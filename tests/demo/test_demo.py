@@ -132,6 +132,7 @@ def test_missing_files_say_both_ways_to_get_them(tmp_path):
         data.load_fashion_mnist(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_digits_are_split_into_disjoint_parts():
     digits = data.load_digits()
     assert digits.train.shape == (1400, 64)
@@ -164,6 +165,7 @@ def test_pca_errors_are_those_of_scikit_learn():
 # --- the whole path -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_path(folder, tmp_path, capsys):
     out = tmp_path / "out"
     main(f"demo --data fashion-mnist --data-dir {folder} --width 5 --epochs 30 --out {out}".split())
@@ -225,6 +227,7 @@ def test_without_labels_the_report_has_no_colours(folder, tmp_path):
     assert "scatter" not in page
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_scree(folder, tmp_path):
     def losses(seed):
         out = tmp_path / str(seed)
@@ -236,6 +239,7 @@ def test_the_same_seed_gives_the_same_scree(folder, tmp_path):
     assert losses(1) != losses(2)
 
 
+@pytest.mark.slow
 def test_a_width_above_the_number_of_pixels(folder, tmp_path):
     """PCA has no more than 30 components: from there on it has nothing left to explain."""
     options = f"--data-dir {folder} --width 33 --epochs 1 --out {tmp_path}"
@@ -245,6 +249,7 @@ def test_a_width_above_the_number_of_pixels(folder, tmp_path):
     assert results["pca"][30:] == pytest.approx([0] * 4, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_fewer_held_out_images_than_are_shown(folder, tmp_path):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images(3))))
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS[:3])))
@@ -262,6 +267,7 @@ def run(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_the_digits_as_a_command(tmp_path):
     result = run("demo", "--epochs", "2", "--width", "4", cwd=tmp_path)
     assert result.returncode == 0
@@ -286,7 +292,11 @@ def test_the_digits_as_a_command(tmp_path):
         ("demo --width many", "must be a whole number, got .many."),
         ("", "required: command"),
         ("demo --data fashion-mnist --data-dir missing", "Fashion-MNIST is not in missing"),
-        ("demo --out file --epochs 1 --width 2", "taildropout demo: .*'file'"),
+        pytest.param(
+            "demo --out file --epochs 1 --width 2",
+            "taildropout demo: .*'file'",
+            marks=pytest.mark.slow,
+        ),
         ("demo --epochs 1 --width 2 --seed 99999999999999999999", "seed"),
     ],
 )
@@ -301,6 +311,7 @@ def test_bad_arguments_end_with_a_message(tmp_path, arguments, words):
 HELD_OUT_OF_DEDICATED = {1: 0.0397, 2: 0.0268, 4: 0.0185, 8: 0.0140}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not data.DEBIAN_FOLDER.is_dir(),
     reason="Fashion-MNIST is not here: apt-get install dataset-fashion-mnist",
