@@ -80,7 +80,7 @@ def from_related(operation: Operation, dim: int, facts: Facts) -> Known | None:
             )
         found[place[0]] = comes | (there >= 0), passed
     known: Known | None = None
-    taken = None
+    taken = torch.zeros(0, dtype=torch.bool)
     for comes, passed in found.values():
         if known is None:
             known, taken = Known(passed.mask & comes, passed.value), comes

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -24,7 +24,7 @@ from ..models.copies import PruningError, structural_copy, tensors_by_name
 from ..models.inputs import Inputs, as_arguments
 from ..models.insert import tail_dropouts
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 @torch.library.custom_op("taildropout::layer", mutates_args=())
@@ -306,7 +306,8 @@ def _sizes_are_symbols() -> AbstractContextManager[None]:
     """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
     if not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
         return nullcontext()
-    patched: AbstractContextManager[None] = symbolic_config.patch(backed_size_oblivious=True)
+    config: Any = symbolic_config
+    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
     return patched
 
 

@@ -209,7 +209,8 @@ def by_split(operation: Operation) -> dict[int, Taken]:
 
     def taken(n: int) -> Tensor:
         of_size = size if n == whole else max(1, -(-n // parts))
-        return torch.arange(n).split(of_size)[pick]
+        part: Tensor = torch.arange(n).split(of_size)[pick]
+        return part
 
     return {dim: taken}
 
@@ -295,4 +296,4 @@ def by_pad(operation: Operation) -> dict[int, Taken]:
 
 def is_filled(operation: Operation) -> bool:
     """Whether what is padded gets one value, and not entries from elsewhere."""
-    return operation.arg(2, "mode", "constant") == "constant"
+    return bool(operation.arg(2, "mode", "constant") == "constant")

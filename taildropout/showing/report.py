@@ -142,7 +142,8 @@ def _costs(model: nn.Module, layer: str, ks: list[int], inputs: Inputs) -> dict[
     samples = min(count_samples(inputs), 2)
     example = first_samples(inputs, samples)
     try:
-        plans = [plan_pruning(model, {layer: k}, example) for k in ks]
+        first = plan_pruning(model, {layer: ks[0]}, example)
+        plans = [first.at({layer: k}) for k in ks]
     except PruningError as error:
         return {"why_not": str(error)}
     return {
