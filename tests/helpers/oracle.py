@@ -95,6 +95,15 @@ def chain(n, *behind, before=(), bias=True):
     return nn.Sequential(first, *before, td.TailDropout(), *behind, last)
 
 
+def two_layers():
+    return nn.Sequential(
+        nn.Linear(5, 4),
+        td.TailDropout(),
+        nn.Linear(4, 6),
+        nn.Sequential(td.TailDropout(), nn.Linear(6, 2)),
+    )
+
+
 def convs(*behind, before=(), d=2, first=None, last=None):
     """Conv(2, 4), the modules `before`, the layer, the modules `behind`, Conv(4, 3)."""
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[d - 1]
@@ -126,3 +135,27 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+class LeNet(nn.Module):
+    """Everything together: three layers, own parameters, pooling, flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
+        self.tail1 = td.TailDropout(dropout_dim=1)
+        self.pool = nn.MaxPool2d(2, padding=1)
+        self.conv2 = nn.Conv2d(4, 3, 3, padding=1, bias=False)
+        self.tail2 = td.TailDropout(dropout_dim=1)
+        self.fc1 = nn.Linear(3 * 16, 5)
+        self.tail3 = td.TailDropout()
+        self.scale = nn.Parameter(torch.randn(5))
+        self.fc2 = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.tail1(self.act(self.norm1(self.conv1(x))))
+        x = self.tail2(self.conv2(self.pool(x)).sigmoid())
+        x = self.fc1((x.tanh() + 0.5).flatten(1)) * self.scale + 1
+        return self.fc2(self.tail3(x * x.sigmoid()) * self.scale)

@@ -4,15 +4,14 @@ import re
 
 import pytest
 import torch
-from helpers.oracle import Net, as_trained, assert_computes, assert_same, chain, convs, snapshot
+from helpers.oracle import Net, assert_computes, assert_same, chain, convs, snapshot
 from torch import nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import PruningError, TailDropout
-from taildropout.models.copies import structural_copy, tensors_by_name
+from taildropout.models.copies import tensors_by_name
 from taildropout.pruning.cuts import Reading
 
 
@@ -34,10 +33,6 @@ class First(nn.Module):
 
     def forward(self, x):
         return self.module(x)[0]
-
-
-def folds(model, k, shape):
-    return {fold.name: fold.constant for fold in Reading(model, torch.randn(shape)).find(k).folds}
 
 
 # --------------------------------------------------------------------------------------- what goes
@@ -113,54 +108,6 @@ def test_layers_in_a_row_keep_what_both_keep():
     for k in ({"1": 1, "2": 3}, {"1": 3, "2": 1}):
         assert cuts(model, k, (2, 5))["0.weight"] == {0: [0]}
         assert cuts(model, k, (2, 5))["3.weight"] == {1: [0]}
-
-
-# ----------------------------------------------------------------------------------- the constants
-
-
-def shifted(m, x):
-    return m.consumer((m.tail(m.producer(x)) * m.scale + m.shift) / m.temperature)
-
-
-def norm_of_zero(norm):
-    return norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_constant_of_a_sigmoid(bias):
-    model = chain(4, nn.Sigmoid(), bias=bias)
-    expected = 0.5 * model[-1].weight.double()[:, 2:].sum(1).detach()
-    found = folds(model, {"1": 2}, (2, 5))
-    assert_close(found, {"3.bias": expected}, rtol=1e-12, atol=1e-14)
-
-
-def test_the_constant_of_a_shift():
-    model = Net(shifted)
-    expected = model.consumer.weight[:, 2:].double() @ (
-        model.shift[0, 2:].double() / model.temperature.double()
-    )
-    found = folds(model, {"tail": 2}, (2, 5))
-    assert_close(found, {"consumer.bias": expected.detach()}, rtol=1e-12, atol=1e-14)
-
-
-def test_the_constant_of_a_batch_norm():
-    model = as_trained(chain(4, nn.BatchNorm1d(4))).double()
-    expected = model[-1].weight[:, 1:] @ norm_of_zero(model[2])[1:]
-    found = Reading(model, torch.randn(2, 5, dtype=torch.float64)).find({"1": 1}).folds
-    assert [fold.name for fold in found] == ["3.bias"]
-    assert_close(found[0].constant, expected.detach(), rtol=1e-12, atol=1e-14)
-
-
-def test_the_constant_in_a_convolution_counts_each_place_of_the_kernel():
-    model = convs(nn.Sigmoid())
-    expected = 0.5 * model[-1].weight.double()[:, 3:].sum((1, 2, 3)).detach()
-    found = folds(model, {"1": 3}, (2, 2, 8, 8))
-    assert_close(found, {"3.bias": expected}, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("behind", [nn.ReLU(), nn.Tanh(), nn.Hardshrink(), nn.BatchNorm1d(4)])
-def test_nothing_is_folded_where_zero_stays_zero(behind):
-    assert folds(chain(4, behind), {"1": 2}, (2, 5)) == {}
 
 
 # ------------------------------------------------------------------------------------- what stays
@@ -484,19 +431,3 @@ def test_what_users_write_that_is_refused(name):
     with pytest.raises(PruningError, match=words):
         td.prune(model, 2, torch.zeros(3, 5))
     assert_same(snapshot(model), before)
-
-
-def test_a_structural_copy_shares_tensors_but_no_modules():
-    model = Net(residual)
-    copied = structural_copy(model)
-    ours, theirs = tensors_by_name(model), tensors_by_name(copied)
-    assert list(ours) == list(theirs)
-    assert "mean" in ours
-    assert all(theirs[name] is tensor for name, tensor in ours.items())
-    assert not set(map(id, model.modules())) & set(map(id, copied.modules()))
-
-
-def test_tied_tensors_have_all_their_names():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    assert list(tensors_by_name(model)) == ["0.weight", "0.bias", "1.weight", "1.bias"]

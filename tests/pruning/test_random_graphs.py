@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers.oracle import assert_same_outputs
-from helpers.zoo import Output, Scale, floats, with_random_weights
+from helpers.zoo.case import floats, with_random_weights
+from helpers.zoo.gates import Scale
+from helpers.zoo.sequences import Output
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn

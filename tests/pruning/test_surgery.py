@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers.oracle import Net, as_trained, assert_same, chain, convs, snapshot
+from helpers.oracle import Net, as_trained, assert_same, chain, snapshot
+from helpers.zoo.case import floats, linear, sequence, wired
+from helpers.zoo.sequences import recurrent
 from torch import nn
 from torch.testing import assert_close
 
@@ -108,45 +110,6 @@ def test_no_bias_is_made_where_nothing_is_folded():
 # --- the modules afterwards ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d", [1, 2, 3])
-def test_attributes_of_convolutions_and_norms(d):
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[d - 1]
-    model = convs(norm(4, affine=False), nn.PReLU(4), before=[norm(4), nn.PReLU()], d=d)
-    small = td.prune(as_trained(model), 3, torch.randn(2, 2, *[6] * d))
-    first, before, prelu, _, behind, prelus, last = small
-    assert (first.in_channels, first.out_channels) == (2, 3)
-    assert (last.in_channels, last.out_channels) == (3, 3)
-    assert (before.num_features, behind.num_features) == (3, 3)
-    assert (prelu.num_parameters, prelus.num_parameters) == (1, 3)
-
-
-def test_attributes_of_linears():
-    small = td.prune(chain(4, nn.ReLU()), 3, torch.randn(2, 5))
-    assert repr(small) == repr(chain(3, nn.ReLU()))
-
-
-BUILDS = {
-    "norms": lambda n: chain(n, nn.BatchNorm1d(n), nn.Sigmoid(), before=[nn.BatchNorm1d(n)]),
-    "prelu": lambda n: chain(n, nn.PReLU(n), before=[nn.PReLU(n)]),
-    "flatten": lambda n: nn.Sequential(
-        nn.Conv2d(2, n, 3), TailDropout(dropout_dim=1), nn.Flatten(), nn.Linear(9 * n, 3)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BUILDS)
-def test_the_small_network_is_the_one_that_is_built_small(name):
-    """Classes, sizes, attributes, keys and shapes; its weights load into it."""
-    large, small = as_trained(BUILDS[name](4)), BUILDS[name](2)
-    k = dict.fromkeys(td.tail_dropouts(large), 2)
-    pruned = td.prune(large, k, torch.randn(2, *((2, 5, 5) if name == "flatten" else (5,))))
-    assert repr(pruned) == repr(small)
-    assert [type(m) for m in pruned.modules()] == [type(m) for m in large.modules()]
-    assert list(pruned.state_dict()) == list(large.state_dict())
-    small.load_state_dict(pruned.state_dict())
-    assert_same(dict(small.state_dict()), dict(pruned.state_dict()))
-
-
 def test_a_user_written_class_stays():
     model = Net(lambda m, x: m.consumer(m.tail(m.producer(x)).relu()))
     small = td.prune(model, 2, torch.randn(3, 5))
@@ -183,3 +146,43 @@ def test_what_is_cut_is_contiguous_in_memory():
     small = td.prune(chain(4), 2, torch.randn(3, 5))
     assert all(p.is_contiguous() for p in small.parameters())
     assert small[2].weight.untyped_storage().nbytes() == 2 * 3 * 4
+
+
+# --- p after pruning, whichever sides were cut --------------------------------------------------
+
+SIDES = {
+    "both": (sequence(linear(16, 5), TailDropout, linear(3, 16)), (5,)),
+    "the consumer only": (
+        sequence(recurrent(nn.GRU, 5, 16), TailDropout, linear(3, 16)),
+        (1, 5),
+    ),
+    "the producer only": (
+        wired(lambda m, x: x + m.tail(m.inner(x)), inner=linear(16, 16), tail=TailDropout),
+        (16,),
+    ),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_p_is_the_same_fraction_of_what_is_left(side, assert_drawn_from):
+    build, shape = SIDES[side]
+    model = build().double()
+    small = td.prune(model, 6, floats(2, *shape)).train()
+    (layer,) = td.tail_dropouts(small).values()
+    layer.stratified = False
+    small(floats(4000, *shape))
+    assert_drawn_from(layer.drawn_k.flatten(), td.lengths.Exponential(0.5).pmf(6))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_training_drops_a_tail_of_what_is_left(side):
+    """In training the small network is, sample by sample, the large one at the k drawn."""
+    build, shape = SIDES[side]
+    model = build().double()
+    small = td.prune(model, 6, floats(2, *shape)).train()
+    inputs = floats(32, *shape)
+    actual = small(inputs)
+    (layer,) = td.tail_dropouts(small).values()
+    (large,) = td.tail_dropouts(model).values()
+    with large.using_k(layer.drawn_k):
+        assert_close(actual, model(inputs), rtol=1e-9, atol=1e-10)
