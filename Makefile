@@ -1,8 +1,9 @@
 # make demo   train a network on real images, measure it, cut it, check it
+# make quick  lint, types, and the tests that take no time, in about a minute
 # make test   everything that continuous integration runs
 # make bench  all benchmarks, in about half an hour
 #
-# Both set up .venv by themselves. DATA=fashion-mnist picks the demo's data;
+# They set up .venv by themselves. DATA=fashion-mnist picks the demo's data;
 # CONSTRAINTS=FILE tests against other versions than the pinned ones.
 
 PYTHON ?= python3
@@ -12,10 +13,14 @@ DATA ?= digits
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint types site figures clean
+.PHONY: demo quick test bench lint types site figures clean
 
 demo: $(READY)
 	$(BIN)/taildropout demo --data $(DATA)
+
+quick: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not slow and not browser" \
+		--numprocesses auto --dist loadfile
 
 test: lint types site
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile

@@ -23,6 +23,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What compiles is slow."""
+    for item in items:
+        if "fresh_compiler" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def assert_drawn_from():
     """Chi-square test: `assert_drawn_from(ks, pmf)`."""

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import taildropout as td
 from taildropout import Scree, TailDropout, TailMLP
 
+pytestmark = pytest.mark.slow
+
 N = 6
 SECONDS = 120  # for a hang to be noticed, far more than anything here takes
 

@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 import taildropout as td
 
+pytestmark = pytest.mark.slow
+
 SIZE, WIDTH = 64, 16  # of the data, and of the hidden layer
 NOISE = 0.5
 TRAINING, HELD_OUT, FRESH = 4000, 2000, 20_000

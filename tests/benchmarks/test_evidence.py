@@ -11,6 +11,8 @@ from benchmarks.evidence import hermite, linear
 from taildropout import TailDropout
 from taildropout.lengths import Uniform
 
+pytestmark = pytest.mark.slow
+
 
 def centred(*shape: int, seed: int = 0) -> torch.Tensor:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()

@@ -217,6 +217,7 @@ def test_the_whole_path(folder, tmp_path, capsys):
     assert "report.html" in printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_without_labels_the_report_has_no_colours(folder, tmp_path):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     options = f"--data-dir {folder} --width 2 --epochs 1 --out {tmp_path}"
@@ -283,6 +284,7 @@ def test_the_digits_as_a_command(tmp_path):
     assert "100%" in result.stderr  # the progress bar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -29,7 +29,7 @@ def each(*places, where=lambda case, place: True):
 
 
 def pytest_generate_tests(metafunc):
-    """`make quick` takes the half of everything; the other places are slow."""
+    """Where a file is not slow as a whole, half of the features is the place that is quick."""
     if "p" in metafunc.fixturenames:
         check = metafunc.function
         metafunc.parametrize(
