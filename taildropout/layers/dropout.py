@@ -112,7 +112,7 @@ class TailDropout(nn.Module):
     @property
     def k(self) -> int | Tensor | None:
         """The k that is set, or None."""
-        return None if self._k is None else self._k.k
+        return None if self._k is None else self._k.value
 
     def set_k(self, k: int | Tensor | None) -> None:
         """Keep exactly the first k features from now on, in training and in eval.
@@ -188,10 +188,9 @@ class TailDropout(nn.Module):
         What is set, by the innermost of `set_k`, `using_k` and `using_width`; else in training a
         draw; else None, and everything passes.
         """
-        in_force = self._in_force
-        if in_force is not None:
+        if self._in_force is not None:
             n = input.shape[resolve_dim(input, self.dropout_dim, "dropout_dim")]
-            k = in_force.for_features(n)
+            k = self._in_force.for_features(n)
             return align_samples(k, input, self.batch_dim, self.dropout_dim)
         if not self.training:
             return None
@@ -205,22 +204,22 @@ class TailDropout(nn.Module):
 
     def set_k_for(self, n: int) -> int | Tensor | None:
         """The k that is set, for n features; None where it is drawn or everything passes."""
-        in_force = self._in_force
-        return None if in_force is None else in_force.for_features(n)
+        return None if self._in_force is None else self._in_force.for_features(n)
 
     def draw(self, count: int, device: torch.device) -> Draw:
         """A uniform number for each of the samples of a call."""
         return draw_uniforms(count, stratified=self.stratified, device=device)
 
-    def _lengths_for_call(self) -> Lengths:
-        if self.lengths is not None:
-            return self.lengths
-        compiled = torch.compiler.is_dynamo_compiling()
-        return lengths_or_exponential(None, self._p_tensor) if compiled else self._exponential
-
     @property
     def _in_force(self) -> SetK | SetWidth | None:
         return self._width if self._k is None else self._k
+
+    def _lengths_for_call(self) -> Lengths:
+        if self.lengths is not None:
+            return self.lengths
+        if torch.compiler.is_dynamo_compiling():
+            return lengths_or_exponential(None, self._p_tensor)
+        return self._exponential
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "drawn_k"}
@@ -235,6 +234,7 @@ class TailDropout(nn.Module):
         parts += [f"batch_dim={self.batch_dim}", f"dropout_dim={self.dropout_dim}"]
         parts += ["stratified=False"] if not self.stratified else []
         parts += ["inplace=True"] if self.inplace else []
+        parts += [f"using_width={self._width.value}"] if self._width is not None else []
         parts += [f"k={self.k}"] if self._k is not None else []
         return ", ".join(parts)
 

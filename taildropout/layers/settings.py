@@ -19,7 +19,7 @@ class SetK:
     device to check it.
     """
 
-    k: int | Tensor
+    value: int | Tensor
     tensor: Tensor
     largest: int
 
@@ -32,14 +32,14 @@ class SetK:
     def for_features(self, n: int) -> int | Tensor:
         if not torch.compiler.is_compiling():
             check_k_at_most(self.largest, n)
-        return self.tensor if torch.compiler.is_dynamo_compiling() else self.k
+        return self.tensor if torch.compiler.is_dynamo_compiling() else self.value
 
 
 @dataclass(frozen=True, eq=False)
 class SetWidth:
-    """A width that is set: k = ceil(width * n), where k/n gives k back in spite of its rounding."""
+    """A width w that is set: k = ceil(w * n), but for the rounding of w: k/n gives k back."""
 
-    width: float
+    value: float
     tensor: Tensor
 
     @classmethod
@@ -49,7 +49,7 @@ class SetWidth:
     def for_features(self, n: int) -> int | Tensor:
         if torch.compiler.is_dynamo_compiling():
             return torch.ceil((self.tensor - 1e-9) * n).to(torch.int64)
-        return math.ceil((self.width - 1e-9) * n)
+        return math.ceil((self.value - 1e-9) * n)
 
 
 def width_or_k(w: float) -> SetWidth | SetK:
