@@ -188,9 +188,10 @@ class TailDropout(nn.Module):
         What is set, by the innermost of `set_k`, `using_k` and `using_width`; else in training a
         draw; else None, and everything passes.
         """
-        if self._in_force is not None:
+        in_force = self._in_force
+        if in_force is not None:
             n = input.shape[resolve_dim(input, self.dropout_dim, "dropout_dim")]
-            k = self._in_force.for_features(n)
+            k = in_force.for_features(n)
             return align_samples(k, input, self.batch_dim, self.dropout_dim)
         if not self.training:
             return None
@@ -204,7 +205,8 @@ class TailDropout(nn.Module):
 
     def set_k_for(self, n: int) -> int | Tensor | None:
         """The k that is set, for n features; None where it is drawn or everything passes."""
-        return None if self._in_force is None else self._in_force.for_features(n)
+        in_force = self._in_force
+        return None if in_force is None else in_force.for_features(n)
 
     def draw(self, count: int, device: torch.device) -> Draw:
         """A uniform number for each of the samples of a call."""
