@@ -7,6 +7,7 @@ from .measuring.live import LiveScree
 from .measuring.scree import scree
 from .models.copies import PruningError
 from .models.insert import insert, remove, replace_dropout, tail_dropouts
+from .models.width import Choice, at_width
 from .pruning.budget import WidthPath, WidthStep, choose_widths
 from .pruning.plan import PrunePlan, plan_pruning, prune
 from .pruning.sweep import Sweep, SweepPoint
@@ -16,7 +17,8 @@ from .showing.report import report
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "LiveScree", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout",
-    "TailMLP", "WidthPath", "WidthStep", "choose_widths", "draws", "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune",
-    "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
+    "Choice", "LiveScree", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint",
+    "TailDropout", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draws",
+    "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune", "remove",
+    "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
 ]

@@ -1,13 +1,14 @@
 """From uniform numbers to k: one inverse-CDF look-up, the same for all lengths."""
 
 import math
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lengths import Exponential, Lengths, Sizes, Uniform
+from .lengths import Lengths
 
 
 def draw(
@@ -38,63 +39,83 @@ def draw(
         int64, shape `(count,)`.
 
     Example:
+        >>> from taildropout.lengths import Uniform
         >>> _ = torch.manual_seed(0)
         >>> draw(Uniform(), n=8, count=8).sort().values
         tensor([1, 2, 3, 4, 5, 6, 7, 8])
     """
-    if stratified:
-        k, rank = draw_ranked(lengths, n, count, device=device, generator=generator)
-        return k.gather(0, rank)
-    return _draw(lengths, n, count, torch.device(device), generator, in_order=False)
+    uniforms = draw_uniforms(count, stratified=stratified, device=device, generator=generator)
+    return uniforms.by_sample(inverse_cdf(lengths, n, uniforms))
 
 
-def draw_ranked(
-    lengths: Lengths,
-    n: int,
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """A uniform number for each sample, of which any lengths at any n make a k.
+
+    A stratified draw stands in increasing order, the entry i in [i, i + 1) / count, and knows the
+    rank of each sample. Independent numbers stand in the order of the samples, without a rank.
+    """
+
+    uniforms: Tensor  # (count,), float64
+    rank: Tensor | None  # (count,), int64
+    device: torch.device  # where the ks live
+
+    def by_sample(self, values: Tensor) -> Tensor:
+        """What was made of the uniforms, in the order of the samples."""
+        return values if self.rank is None else values.gather(0, self.rank)
+
+
+def draw_uniforms(
     count: int,
     *,
+    stratified: bool = True,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Stratified draws in increasing order, and the rank of each sample: `k[rank]` is `draw`.
+) -> Draw:
+    """A draw for `count` samples; the arguments are those of `draw`."""
+    device = torch.device(device)
+    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    u = torch.rand(count, dtype=torch.float64, device=place, **_from(generator))
+    if not stratified:
+        return Draw(u, None, device)
+    stratum = torch.arange(count, dtype=torch.float64, device=place)
+    u = u.add_(stratum).div_(max(count, 1))
+    return Draw(u, torch.randperm(count, device=device, **_from(generator)), device)
 
-    The entry i comes from u_i = (i + v_i) / count, so at most ceil(count * P(K >= j)) entries, the
-    last ones, are at least j: a number that is known before drawing.
+
+def inverse_cdf(lengths: Lengths, n: int, draw: Draw) -> Tensor:
+    """The k in 0, ..., n of each of the draw's uniforms, in their order: `(count,)`, int64.
+
+    A larger uniform never has a smaller k. No randomness is used: several layers may share a draw.
     """
-    k = _draw(lengths, n, count, torch.device(device), generator, in_order=True)
-    return k, torch.randperm(count, device=k.device, **_from(generator))
-
-
-def probability_above(lengths: Lengths, n: int, k: int) -> float:
-    """P(K > k), as a number: also while compiling, for the lengths of this module."""
-    if isinstance(lengths, _IMMUTABLE):
-        return lengths.above(n, k)
-    return float(lengths.pmf(n)[k + 1 :].sum())
-
-
-def _draw(
-    lengths: Lengths,
-    n: int,
-    count: int,
-    device: torch.device,
-    generator: torch.Generator | None,
-    in_order: bool,
-) -> Tensor:
+    u = draw.uniforms
     if n == 0:
-        return torch.zeros(count, dtype=torch.int64, device=device)
-    if device.type == "mps":  # has no float64
-        return _draw(lengths, n, count, torch.device("cpu"), generator, in_order).to(device)
-    u = torch.rand(count, dtype=torch.float64, device=device, **_from(generator))
-    if in_order:
-        stratum = torch.arange(count, dtype=torch.float64, device=device)
-        u = u.add_(stratum).div_(max(count, 1))
-    # The table is kept between calls only where it is a plain tensor for sure: not while tracing
-    # (also under a fake-tensor mode), nor for the user's own lengths, which may change.
-    if type(u) is Tensor and not torch.compiler.is_compiling() and isinstance(lengths, _IMMUTABLE):
-        cdf = _cached_cdf(lengths, n, device)
+        return torch.zeros(len(u), dtype=torch.int64, device=draw.device)
+    # A table is kept between calls only where it is a plain tensor for sure: not while tracing
+    # (also under a fake-tensor mode); and only of lengths that can't change between calls.
+    plain = type(u) is Tensor and not torch.compiler.is_compiling()
+    if plain and _hashes_by_value(lengths):
+        table = _cached_cdf(lengths, n, u.device)  # type: ignore[arg-type]  # it is hashable
     else:
-        cdf = _cdf(lengths, n, device)
-    return torch.searchsorted(cdf, u, right=True)
+        table = _cdf(lengths, n, u.device)
+    return torch.searchsorted(table, u, right=True).to(draw.device)
+
+
+def most_above(lengths: Lengths, n: int, k: int, count: int) -> int:
+    """How many of `count` stratified draws are above k at most: a number known before drawing.
+
+    ceil(count * P(K > k)), since the entry i of a draw comes from a number below (i + 1) / count.
+    The slack is for rounding, of P, of its product, and of that number to (i + 1) / count itself:
+    one too many costs little, one too few would be wrong.
+    """
+    return min(count, math.ceil(count * (_probability_above(lengths, n, k) + 1e-12)))
+
+
+def _probability_above(lengths: Lengths, n: int, k: int) -> float:
+    """P(K > k), as a number: also while compiling, where the lengths have a formula for it."""
+    if hasattr(lengths, "above"):
+        return float(lengths.above(n, k))
+    return float(lengths.pmf(n)[k + 1 :].sum())
 
 
 def _from(generator: torch.Generator | None) -> dict[str, Any]:
@@ -115,4 +136,20 @@ def _cdf(lengths: Lengths, n: int, device: torch.device) -> Tensor:
 
 
 _cached_cdf = lru_cache(maxsize=32)(torch.no_grad()(_cdf))
-_IMMUTABLE = (Exponential, Uniform, Sizes)
+
+
+def _hashes_by_value(x: Any) -> bool:
+    """Whether x hashes by what it holds, and so do its parts: then it can't change unseen."""
+    if type(x) in (int, float, str, type(None)):
+        return True
+    own_hash: Any = type(x).__hash__
+    if own_hash in (None, object.__hash__, Tensor.__hash__):  # none, or by identity
+        return False
+    if isinstance(x, tuple):
+        return all(map(_hashes_by_value, x))
+    if is_dataclass(x):
+        names = x.__dataclass_fields__.keys()
+        if not getattr(x, "__dict__", {}).keys() <= names:  # of a subclass: more than is hashed
+            return False
+        return all(_hashes_by_value(getattr(x, name)) for name in names)
+    return True

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from taildropout.draws import draw, draw_ranked, probability_above
+from taildropout.draws import draw, draw_uniforms, inverse_cdf, most_above
 from taildropout.lengths import Exponential, Sizes, Uniform
 
 PS = [1e-9, 1e-6, 9.9e-5, 1.01e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-9]
@@ -492,19 +492,19 @@ def test_the_probability_above_k_is_the_sum_of_the_pmf(lengths):
     n = 12
     pmf = lengths.pmf(n)
     for k in range(n + 1):
-        assert probability_above(lengths, n, k) == pytest.approx(
-            float(pmf[k + 1 :].sum()), abs=1e-12
-        )
+        assert lengths.above(n, k) == pytest.approx(float(pmf[k + 1 :].sum()), abs=1e-12)
 
 
 @given(p=st.floats(0, 1), n=st.integers(1, 300), count=st.integers(1, 200), seed=st.integers(0, 99))
 def test_how_many_draws_exceed_k_is_bounded_before_drawing(p, n, count, seed):
-    """In stratified draws at most ceil(count * P(K > k)) are above k."""
+    """In stratified draws at most ceil(count * P(K > k)) are above k, but for rounding."""
     torch.manual_seed(seed)
     lengths = Exponential(p)
-    k, rank = draw_ranked(lengths, n, count)
+    drawn = draw_uniforms(count)
+    k = inverse_cdf(lengths, n, drawn)
     assert k.tolist() == sorted(k.tolist())
-    assert rank.sort().values.tolist() == list(range(count))
+    assert drawn.rank.sort().values.tolist() == list(range(count))
     for bound in {0, n // 3, n - 1}:
-        limit = math.ceil(count * probability_above(lengths, n, bound) + 1e-6)
+        limit = most_above(lengths, n, bound, count)
         assert int((k > bound).sum()) <= limit
+        assert limit <= math.ceil(count * float(lengths.pmf(n)[bound + 1 :].sum()) + 1e-6)

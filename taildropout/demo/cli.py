@@ -15,7 +15,6 @@ import taildropout as td
 
 from ..pruning.sweep import seconds_per_call
 from ..shipping.files import written_whole
-from ..showing.report import report
 from . import data
 from .model import Autoencoder, pca_errors, train
 
@@ -112,7 +111,7 @@ def demo(
     plan = td.plan_pruning(model, k, images.test[:8])
     small = plan.apply(model)
     print(f"\n{plan.summary()}")
-    with torch.no_grad(), model.bottleneck.using_k(k):
+    with torch.no_grad(), td.at_width(model, k):
         difference = float((small(images.test) - model(images.test)).abs().max())
     large_time, small_time = seconds_per_call([model, small], images.test[:1000])
     print(
@@ -128,11 +127,11 @@ def demo(
         reloaded_equal = bool(torch.equal(loaded(images.test), small(images.test)))
     print(f"saved and loaded again: {'the same' if reloaded_equal else 'NOT the same'} outputs")
 
-    report(
-        out / "report.html",
-        scree,
+    td.report(
         model,
+        scree,
         images.test,
+        out / "report.html",
         labels=images.test_labels,
         contrast=images.contrast,
         image_shape=(images.height, images.width),
@@ -231,7 +230,7 @@ def _reconstructions(model: Autoencoder, images: data.Images, n: int) -> "Figure
     shown = images.test[:SHOWN]
     rows = [("input", shown)]
     for k in ks:
-        with model.bottleneck.using_k(k):
+        with td.at_width(model, k):
             rows.append((f"k = {k}", model(shown)))
     columns = len(shown)
     fig = Figure(figsize=(0.8 * columns + 1, 0.8 * len(rows)), layout="constrained")

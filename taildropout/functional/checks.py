@@ -1,5 +1,6 @@
 """Arguments that several functions share: checked, and brought into one form."""
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -7,12 +8,23 @@ import torch
 from torch import Tensor
 
 
+def as_dims(batch_dim: int | Sequence[int]) -> tuple[int, ...]:
+    """The dims that `batch_dim` names: it may be one, several, or none."""
+    if isinstance(batch_dim, int):
+        return (batch_dim,)
+    try:
+        return tuple(map(operator.index, batch_dim))
+    except TypeError:
+        raise TypeError(
+            f"batch_dim must be an int or a sequence of ints, got {batch_dim!r}"
+        ) from None
+
+
 def resolve_dims(
     input: Tensor, batch_dim: int | Sequence[int], dropout_dim: int
 ) -> tuple[tuple[int, ...], int]:
     """Both as non-negative dims of `input`, checked to be different ones."""
-    given = (batch_dim,) if isinstance(batch_dim, int) else batch_dim
-    dims = tuple(resolve_dim(input, d, "batch_dim") for d in given)
+    dims = tuple([resolve_dim(input, d, "batch_dim") for d in as_dims(batch_dim)])
     dim = resolve_dim(input, dropout_dim, "dropout_dim")
     if dim in dims or len(set(dims)) < len(dims):
         raise ValueError(
@@ -30,6 +42,19 @@ def resolve_dim(input: Tensor, dim: int, name: str) -> int:
             f"{tuple(input.shape)}"
         )
     return range(input.ndim)[dim]
+
+
+def count_samples(input: Tensor, batch_dim: int | Sequence[int], dropout_dim: int) -> int:
+    batch_dims, _ = resolve_dims(input, batch_dim, dropout_dim)
+    return math.prod([input.shape[d] for d in batch_dims])  # the compiler knows no generator here
+
+
+def check_droppable(input: Tensor) -> None:
+    if not (input.is_floating_point() or input.is_complex()):
+        raise TypeError(
+            "tail dropout in training needs a floating-point or complex input, got "
+            f"{input.dtype}: convert it, call eval(), or fix k with set_k(k)"
+        )
 
 
 def check_k(k: int | Tensor) -> int | Tensor:
@@ -85,6 +110,22 @@ def align_k(k: Tensor, input: Tensor, dim: int) -> Tensor:
             f"{tuple(input.shape)}"
         )
     return k.reshape(shape)
+
+
+def align_samples(
+    k: int | Tensor, input: Tensor, batch_dim: int | Sequence[int], dropout_dim: int
+) -> int | Tensor:
+    """k, one for all samples or one for each index of `batch_dim`, such that it broadcasts."""
+    if isinstance(k, int) or k.ndim == 0:
+        return k
+    batch_dims, _ = resolve_dims(input, batch_dim, dropout_dim)
+    samples = tuple(input.shape[d] for d in batch_dims)
+    if k.shape != samples:
+        raise ValueError(
+            f"k must have one entry for each index of batch_dim={batch_dim}, shape {samples}, "
+            f"got shape {tuple(k.shape)} for an input of shape {tuple(input.shape)}"
+        )
+    return spread(k, input, batch_dims)
 
 
 def spread(k: Tensor, input: Tensor, batch_dims: tuple[int, ...]) -> Tensor:

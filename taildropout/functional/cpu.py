@@ -45,8 +45,7 @@ def keep_prefix(bits: Tensor, k: Tensor, dim: int) -> Tensor:
     n = bits.shape[dim]
     if k.numel() == 1:
         return _keep_one_prefix(bits, int(k), dim)
-    windows = _ones_and_zeros(n, bits.dtype).unfold(0, n, 1)  # (n + 1, n), on 2n entries
-    mask = windows.index_select(0, n - k.flatten())
+    mask = _windows(n, bits.dtype).index_select(0, n - k.flatten())
     if mask.shape == bits.shape and dim == 1 and bits.is_contiguous():
         return mask.bitwise_and_(bits)
     shape = (1,) * (bits.ndim - k.ndim) + k.shape  # 1 along dim
@@ -63,7 +62,8 @@ def _keep_one_prefix(bits: Tensor, k: int, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _ones_and_zeros(n: int, dtype: torch.dtype) -> Tensor:
-    """n integers with all bits set, n with none."""
+def _windows(n: int, dtype: torch.dtype) -> Tensor:
+    """Shape (n + 1, n), on 2n entries: the row i has n - i integers with all bits set, then zeros."""
     size = n * dtype.itemsize
-    return torch.frombuffer(bytearray(b"\xff" * size + b"\x00" * size), dtype=dtype)
+    ones_and_zeros = torch.frombuffer(bytearray(b"\xff" * size + b"\x00" * size), dtype=dtype)
+    return ones_and_zeros.unfold(0, n, 1)

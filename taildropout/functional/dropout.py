@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..draws import draw
-from ..lengths import Exponential, Lengths
-from .checks import resolve_dims, spread
+from ..lengths import Lengths, lengths_or_exponential
+from .checks import check_droppable, resolve_dims, spread
 from .prefix import zero_tail
 
 
@@ -54,7 +54,8 @@ def tail_dropout(
     Raises:
         ValueError: p outside [0, 1] or NaN, `dropout_dim` among the batch dims.
         IndexError: a dim that the input does not have.
-        TypeError: an integer or boolean input in training.
+        TypeError: lengths without a pmf, dims that are no ints, an integer or boolean input in
+            training.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -67,40 +68,10 @@ def tail_dropout(
     Source: nested dropout, Rippel, Gelbart and Adams (2014), arXiv 1402.0915, with the censored
     exponential lengths of TailDropout, Egil Martinsson (2018).
     """
+    lengths = lengths_or_exponential(lengths, p)
     if not training:
-        lengths_or_default(lengths, p)  # checks p
         return input
-    output, _ = tail_dropout_with_k(
-        input,
-        p,
-        batch_dim,
-        dropout_dim,
-        lengths=lengths,
-        stratified=stratified,
-        inplace=inplace,
-        generator=generator,
-    )
-    return output
-
-
-def tail_dropout_with_k(
-    input: Tensor,
-    p: float | Tensor,
-    batch_dim: int | Sequence[int],
-    dropout_dim: int,
-    *,
-    lengths: Lengths | None,
-    stratified: bool,
-    inplace: bool,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`tail_dropout` in training, and the k that it drew: one per index of the batch dims."""
-    lengths = lengths_or_default(lengths, p)
-    if not (input.is_floating_point() or input.is_complex()):
-        raise TypeError(
-            "tail dropout in training needs a floating-point or complex input, got "
-            f"{input.dtype}: convert it, call eval(), or fix k with set_k(k)"
-        )
+    check_droppable(input)
     batch_dims, dim = resolve_dims(input, batch_dim, dropout_dim)
     samples = [input.shape[d] for d in batch_dims]
     k = draw(
@@ -111,12 +82,4 @@ def tail_dropout_with_k(
         device=input.device,
         generator=generator,
     ).view(samples)
-    return zero_tail(input, spread(k, input, batch_dims), dim, inplace), k
-
-
-def lengths_or_default(lengths: Lengths | None, p: float | Tensor) -> Lengths:
-    if lengths is not None:
-        return lengths
-    if isinstance(p, Tensor) and not torch.compiler.is_compiling():
-        p = p.item()
-    return Exponential(p)  # type: ignore[arg-type]  # a tensor while compiling
+    return zero_tail(input, spread(k, input, batch_dims), dim, inplace)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..lengths import Lengths
+from ..lengths import Lengths, check_lengths
 from .checks import check_k
 
 
@@ -94,6 +94,7 @@ def expected_mse(
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: lengths without a pmf.
 
     Example:
         >>> from taildropout.lengths import Uniform
@@ -113,7 +114,8 @@ def expected_mse(
     samples = math.prod(hidden.shape[:-1])
     hidden, target = hidden.reshape(samples, n), target.reshape(samples, outputs)
     target = target if bias is None else target - bias
-    reached = lengths.pmf(n).flip(0).cumsum(0).flip(0)[1:].to(hidden)  # P(K >= j), j = 1, ..., n
+    pmf = check_lengths(lengths).pmf(n)
+    reached = pmf.flip(0).cumsum(0).flip(0)[1:].to(hidden)  # P(K >= j), j = 1, ..., n
     both = torch.minimum(reached[:, None], reached)
     single = ((target @ weight) * hidden * reached).sum()
     double = ((weight.T @ weight) * (hidden.T @ hidden) * both).sum()

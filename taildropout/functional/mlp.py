@@ -1,16 +1,14 @@
 """A two-layer network with tail dropout in between that does not compute the tail."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from ..draws import draw_ranked, probability_above
-from ..lengths import Lengths
-from .checks import resolve_dims, spread
-from .dropout import lengths_or_default
+from ..draws import Draw, draw_uniforms, inverse_cdf, most_above
+from ..lengths import Lengths, lengths_or_exponential
+from .checks import count_samples, resolve_dims, spread
 from .prefix import zero_tail
 from .rows import first_rows, permute, sum_of_rows
 
@@ -60,47 +58,51 @@ def tail_mlp(
     Raises:
         ValueError: p outside [0, 1] or NaN, fewer than one block.
         IndexError: a dim that the input does not have.
+        TypeError: lengths without a pmf, dims that are no ints.
 
     Example:
         >>> weight1, weight2 = torch.randn(64, 8), torch.randn(2, 64)
         >>> tail_mlp(torch.randn(32, 8), weight1, None, weight2, None, p=0.8).shape
         torch.Size([32, 2])
     """
+    lengths = lengths_or_exponential(lengths, p)
     if not training:
-        lengths_or_default(lengths, p)  # checks p
         return linear(activation(linear(input, weight1, bias1)), weight2, bias2)
-    output, _ = tail_mlp_with_k(
+    count = count_samples(input, batch_dim, -1)
+    output, _ = tail_mlp_of_draw(
         input,
         weight1,
         bias1,
         weight2,
         bias2,
-        p,
         batch_dim,
         activation=activation,
         lengths=lengths,
+        draw=draw_uniforms(count, device=input.device, generator=generator),
         blocks=blocks,
-        generator=generator,
     )
     return output
 
 
-def tail_mlp_with_k(
+def tail_mlp_of_draw(
     input: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
-    p: float,
     batch_dim: int | Sequence[int],
     *,
     activation: Callable[[Tensor], Tensor],
-    lengths: Lengths | None,
+    lengths: Lengths,
+    draw: Draw,
     blocks: int | None,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`tail_mlp` in training, and the k that it drew: one per index of the batch dims."""
-    lengths = lengths_or_default(lengths, p)
+    """`tail_mlp` in training, and the k of each sample: one per index of the batch dims."""
+    if draw.rank is None:
+        raise ValueError(
+            "only stratified draws tell beforehand how much of the tail can be left out, got "
+            "independent ones: set stratified=True"
+        )
     n = len(weight1)
     blocks = min(max(n // 256, 1), 16) if blocks is None else blocks
     if blocks < 1:
@@ -112,18 +114,13 @@ def tail_mlp_with_k(
     rows = rows.flatten(0, len(batch_dims) - 1) if batch_dims else rows[None]
     count = len(rows)
 
-    k, rank = draw_ranked(lengths, n, count, device=input.device, generator=generator)
-    k = k.flip(0)
-    position = count - 1 - rank  # of each sample among the falling ks
-    order = torch.empty_like(rank).scatter_(0, position, torch.arange(count, device=rank.device))
+    k = inverse_cdf(lengths, n, draw).flip(0)
+    position = count - 1 - draw.rank  # of each sample among the falling ks
+    order = torch.empty_like(position).scatter_(0, position, torch.arange(count, device=k.device))
 
     starts = sorted({n * block // blocks for block in range(blocks)})
     widths = [end - start for start, end in zip(starts, [*starts[1:], n], strict=True)]
-    # The slack is for rounding: one row too many costs little, one too few would be wrong.
-    counts = tuple(
-        min(count, math.ceil(count * probability_above(lengths, n, start) + 1e-6))
-        for start in starts
-    )
+    counts = tuple(most_above(lengths, n, start, count) for start in starts)
     biases = [None] * len(starts) if bias1 is None else bias1.split(widths)
     parts = []
     for start, width, rows_b, weight1_b, bias1_b, weight2_b in zip(

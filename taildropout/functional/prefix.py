@@ -1,14 +1,13 @@
 """Keep a prefix of the features, zero the tail."""
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu
-from .checks import align_k, check_k, check_k_at_most, largest_k, resolve_dim, resolve_dims, spread
+from .checks import align_k, check_k, check_k_at_most, largest_k, resolve_dim
 
 
 def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool = False) -> Tensor:
@@ -49,34 +48,9 @@ def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool 
     return zero_tail(input, k, dim, inplace)
 
 
-def keep_prefix_of_samples(
-    input: Tensor,
-    k: int | Tensor,
-    batch_dim: int | Sequence[int],
-    dropout_dim: int,
-    *,
-    largest_k: int,
-    inplace: bool,
-) -> Tensor:
-    """`keep_prefix` with k indexed by the batch dims, in their order, and its maximum known."""
-    if isinstance(k, int) or k.ndim == 0:
-        dim = resolve_dim(input, dropout_dim, "dropout_dim")
-    else:
-        batch_dims, dim = resolve_dims(input, batch_dim, dropout_dim)
-        samples = tuple(input.shape[d] for d in batch_dims)
-        if k.shape != samples:
-            raise ValueError(
-                f"k must have one entry for each index of batch_dim={batch_dim}, shape {samples}, "
-                f"got shape {tuple(k.shape)} for an input of shape {tuple(input.shape)}"
-            )
-        k = spread(k, input, batch_dims)
-    if not torch.compiler.is_compiling():
-        check_k_at_most(largest_k, input.shape[dim])
-    return zero_tail(input, k, dim, inplace)
-
-
 def zero_tail(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Tensor:
     """`keep_prefix` for a checked k: an int, or a tensor that broadcasts against the input."""
+    dim = range(input.ndim)[dim]
     k = k.to(input.device) if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
     if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
         output = _zero_where_not_kept(input, k, dim)

@@ -1,191 +1,276 @@
-"""What is constant.
+"""What operations make of features that are constant.
 
-Forwards from the layers: behind a layer the tail is zero, behind a sigmoid it is 0.5; in any case
-the same in every sample and at every position. What reads such features can do without them: their
-contribution, a constant, goes into its bias.
+Behind a layer the tail is zero, behind a sigmoid it is 0.5. What is known of a place is which of
+its features have one value in every sample, at every position and at every size, and this value:
+vectors of n numbers, never activations. Of an operation without a transfer nothing is known.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from ..models.copies import PruningError
-from .dataflow import LAYER, Graph, Operation, layer_dim, module_of, shape, where
-from .relations import Place, Read, Rules
-from .rules import is_recurrent, moves, rules_of, zeros_make_zeros
-
-
-class _RulesOfAll:
-    """The rules of every operation, found when asked for."""
-
-    def __init__(self, graph: Graph, ks: dict[str, int]) -> None:
-        self._graph, self._ks = graph, ks
-        self._rules: dict[Operation, Rules] = {}
-
-    def __getitem__(self, operation: Operation) -> Rules:
-        if operation not in self._rules:
-            self._rules[operation] = rules_of(self._graph, operation, self._ks)
-        return self._rules[operation]
+from .dataflow import Operation, count_of, is_tensor, shape
+from .relations import Place
 
 
 @dataclass(frozen=True)
-class _Known:
-    """Features of `mask` have these values, in every sample and at every position."""
+class Known:
+    """The features of `mask` have these values. Elsewhere `value` is 0."""
 
-    mask: Tensor  # bool, (features,)
-    value: Tensor  # float64, (features,); 0 outside of the mask
+    mask: Tensor  # bool, (n,)
+    value: Tensor  # float64, (n,)
 
-    def spread(self, place: Place) -> Tensor:
-        node, dim = place
-        along = [-1 if d == dim else 1 for d in range(len(shape(node)))]
-        return self.value.view(along).expand(shape(node))
+    @classmethod
+    def of(cls, mask: Tensor, value: Tensor) -> "Known":
+        mask = mask & value.isfinite()
+        return cls(mask, value.masked_fill(~mask, 0))
 
+    @classmethod
+    def nothing(cls, n: int) -> "Known":
+        return cls(torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.float64))
 
-class _Constants:
-    """What is known of the features at each place."""
+    @property
+    def zero(self) -> Tensor:
+        """The features that are zero."""
+        return self.mask & (self.value == 0)
 
-    def __init__(self, graph: Graph, rules: _RulesOfAll, ks: dict[str, int]) -> None:
-        self.graph, self.rules = graph, rules
-        self.known: dict[Place, _Known] = {}
-        self.lost: dict[Place, str] = {}  # the operation behind which features are no constants
-        for node, operation in graph.operations.items():
-            nodes = {at for at, _ in [*self.known, *self.lost]}
-            if nodes.intersection(operation.sources):  # something is known, or was
-                for dim in range(len(shape(node))):
-                    self._find((node, dim), operation)
-            if operation.target is LAYER and operation.args[1] in ks:
-                self._add_tail((node, layer_dim(operation)), ks[operation.args[1]])
-
-    def _add_tail(self, place: Place, k: int) -> None:
-        tail = torch.arange(shape(place[0])[place[1]]) >= k
-        value = torch.zeros(len(tail), dtype=torch.float64)
-        before = self.known.get(place)
-        if before is not None:
-            tail, value = tail | before.mask, before.value.masked_fill(tail, 0)
-        if tail.any():
-            self.known[place] = _Known(tail, value)
-
-    def _find(self, place: Place, operation: Operation) -> None:
-        rules = self.rules[operation]
-        passes = [
-            (source, labels, there)
-            for relation in rules.relations
-            for source, labels, output, there in relation.passes(operation.output)
-            if output == place
-        ]
-        for source, _, _ in passes:
-            if source in self.lost:
-                self.lost[place] = self.lost[source]
-        if not any(source in self.known for source, _, _ in passes):
-            return
-        self.lost.setdefault(place, where(operation))  # unless all goes well
-        size = shape(place[0])[place[1]]
-        known, zero = torch.ones(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
-        for node in {source[0] for source, _, _ in passes}:
-            from_node = torch.zeros(size, dtype=torch.bool)
-            for source, labels, there in passes:
-                if source[0] is node:
-                    passed, passed_zero = self._passed(source, labels, there)
-                    from_node |= passed | (there < 0)
-                    if zeros_make_zeros(operation, source[0]):
-                        zero |= passed_zero
-            known &= from_node
-        for made_at, made in rules.made:
-            if made_at == place:
-                known &= ~made
-        related = {source[0] for source, _, _ in passes}
-        if not moves(operation) and any(
-            source not in related and not self.graph.is_constant(source)
-            for source in operation.sources
-        ):
-            known[:] = False
-        if operation.target is LAYER:
-            ((source, _, there),) = passes
-            known &= there >= 0
-            value = self.known[source].value[there.clamp(min=0)].masked_fill(~known, 0)
-            found = _Known(known, value)
-        else:
-            found = self._evaluate(operation, place, known & ~zero)
-        # 0 times anything that is finite
-        found = _Known(found.mask | zero, found.value.masked_fill(zero, 0))
-        if found.mask.any():
-            self.known[place] = found
-            self.lost.pop(place)
-
-    def _passed(self, source: Place, labels: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Which features of the output come from known ones only, and which from zeros only."""
-        facts = self.known.get(source)
-        if facts is None:
-            known = self.graph.is_constant(source[0])
-            return (there >= 0) & known, torch.zeros(len(there), dtype=torch.bool)
-        count = 1 + int(max(labels.max(), there.max()))
-        unknown, nonzero = torch.zeros(2, 1 + count, dtype=torch.bool)
-        unknown[1 + labels[~facts.mask]] = True
-        nonzero[1 + labels[~(facts.mask & (facts.value == 0))]] = True
-        return ~unknown[1 + there] & (there >= 0), ~nonzero[1 + there] & (there >= 0)
-
-    def _evaluate(self, operation: Operation, place: Place, known: Tensor) -> _Known:
-        """The operation on what is known of its inputs, in float64; unknown features are 0."""
-        nothing = _Known(torch.zeros_like(known), torch.zeros(len(known), dtype=torch.float64))
-        if not known.any():
-            return nothing
-        try:
-            values = {source: self._value(source) for source in operation.sources}
-            result = operation.run(values).to("cpu", torch.float64)
-        except (RuntimeError, TypeError):  # it can't be run in float64
-            return nothing
-        rows = result.movedim(place[1], 0).unsqueeze(-1).flatten(1)
-        if rows.shape[1] == 0:
-            raise PruningError("the example inputs must hold at least one sample")
-        same = torch.isclose(rows, rows[:, :1], rtol=1e-12, atol=1e-14).all(1)
-        mask = known & same & rows[:, 0].isfinite()
-        return _Known(mask, rows[:, 0].masked_fill(~mask, 0))
-
-    def _value(self, source: fx.Node) -> Tensor:
-        if self.graph.is_constant(source):
-            return self.graph.constant(source).contiguous()
-        value = torch.zeros(shape(source), dtype=torch.float64)
-        for at, facts in self.known.items():
-            if at[0] is source:
-                value = value + facts.spread(at)
-        dtype = source.meta["val"].dtype
-        return value if dtype.is_floating_point else value.to(dtype)
+    def passed(self, labels: Tensor, there: Tensor) -> "Known":
+        """Of features with labels `there`: all those here that have the label are of one value."""
+        size = 1 + int(max(labels.max(), there.max())) if len(labels) and len(there) else 0
+        here = labels + 1  # 0: belongs to nothing
+        low = torch.full((1 + size,), torch.inf, dtype=torch.float64)
+        high = -low
+        value = self.value.masked_fill(~self.mask, torch.nan)
+        low.scatter_reduce_(0, here, value, "amin")  # NaN where one is unknown
+        high.scatter_reduce_(0, here, value, "amax")
+        mask = (low == high)[there + 1] & (there >= 0)
+        return Known.of(mask, low[there + 1].masked_fill(~mask, 0))
 
 
-def contribution(graph: Graph, read: Read, values: Tensor) -> Tensor | None:
-    """What constant features add to each output; None where that differs from place to place."""
-    operation, (source, dim) = read.operation, read.place
-    if read.weight is None or not graph.is_constant(read.weight[0]):
+class Facts(Protocol):
+    """What is known in front of an operation."""
+
+    def at(self, place: Place) -> Known: ...
+
+    def uniform(self, value: fx.Node) -> float | None:
+        """The number that all entries of a value are, if that is known."""
+        ...
+
+    def passes(self, operation: Operation, dim: int) -> list[tuple[Place, Tensor, Tensor]]:
+        """The places that a dim of its output is related to, and the labels here and there."""
+        ...
+
+
+Transfer = Callable[[Operation, int, Facts], Known | None]
+"""What is known along a dim of the operation's output; None: nothing."""
+
+
+def from_related(operation: Operation, dim: int, facts: Facts) -> Known | None:
+    """Each feature is what it is where it comes from, and the same wherever it comes from."""
+    found: dict[fx.Node, tuple[Tensor, Known]] = {}
+    for place, labels, there in facts.passes(operation, dim):
+        passed = facts.at(place).passed(labels, there)
+        comes, before = found.get(place[0], (torch.zeros(len(there), dtype=torch.bool), None))
+        if before is not None:  # positions and channels: one of them is enough
+            passed = Known(
+                passed.mask | before.mask, torch.where(passed.mask, passed.value, before.value)
+            )
+        found[place[0]] = comes | (there >= 0), passed
+    known: Known | None = None
+    taken = torch.zeros(0, dtype=torch.bool)
+    for comes, passed in found.values():
+        if known is None:
+            known, taken = Known(passed.mask & comes, passed.value), comes
+            continue
+        agrees = passed.mask & (passed.value == known.value) & known.mask
+        mask = torch.where(comes & taken, agrees, torch.where(comes, passed.mask, known.mask))
+        known = Known.of(mask, torch.where(taken, known.value, passed.value))
+        taken = taken | comes
+    return known
+
+
+def zeros_from_related(operation: Operation, dim: int, facts: Facts) -> Known | None:
+    """Sums of zeros."""
+    known = from_related(operation, dim, facts)
+    return None if known is None else Known(known.zero, torch.zeros_like(known.value))
+
+
+def zeros_from_any(*factors: int) -> Transfer:
+    """Products, summed: zeros in one of these arguments are enough."""
+
+    def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+        nodes = [operation.args[i] for i in factors]
+        return _zeros_from(nodes, operation, dim, facts)
+
+    return transfer
+
+
+def zeros_from_any_factor(operation: Operation, dim: int, facts: Facts) -> Known | None:
+    """An einsum."""
+    return _zeros_from(operation.args[1], operation, dim, facts)
+
+
+def _zeros_from(
+    factors: list[fx.Node], operation: Operation, dim: int, facts: Facts
+) -> Known | None:
+    zero: Tensor | None = None
+    for place, labels, there in facts.passes(operation, dim):
+        if place[0] in factors:
+            found = facts.at(place).passed(labels, there).zero
+            zero = found if zero is None else zero | found
+    return None if zero is None else Known(zero, torch.zeros(len(zero), dtype=torch.float64))
+
+
+def padded(value_at: int) -> Transfer:
+    """What is filled in along other dims must be of the same value."""
+
+    def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+        known = from_related(operation, dim, facts)
+        amounts = operation.arg(1, "pad")
+        i = 2 * (len(shape(operation.output)) - 1 - dim)
+        others = [*amounts[:i], *amounts[i + 2 :]]
+        if known is None or all(amount == 0 for amount in others):
+            return known
+        filled = operation.arg(value_at, "value", 0) or 0
+        return Known.of(known.mask & (known.value == filled), known.value)
+
+    return transfer
+
+
+def by_evaluation(*zeroed_by: int) -> Transfer:
+    """Elementwise functions, on one number for each feature.
+
+    `zeroed_by` are the arguments whose zeros make zeros, whatever finite the others are.
+    """
+
+    def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+        n = count_of((operation.output, dim))
+        assert n is not None
+        seen = {source: _aligned(source, operation, dim, n, facts) for source in operation.sources}
+        known = _evaluated(operation, dim, n, seen)
+        unknown = ~torch.stack([torch.ones(n, dtype=torch.bool), *(s.mask for s in seen.values())])
+        for i in zeroed_by:
+            factor, *others = (
+                operation.args[i : i + 1] + operation.args[:i] + operation.args[i + 1 :]
+            )
+            if factor in seen and (len(zeroed_by) > 1 or factor not in others):
+                zero = seen[factor].zero & unknown.any(0)  # where all are known, it was evaluated
+                known = Known(known.mask | zero, known.value.masked_fill(zero, 0))
+        return known
+
+    return transfer
+
+
+def by_choice(*choices: int) -> Transfer:
+    """where, masked_fill: if all that can be chosen is one value, so is what was chosen."""
+
+    def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+        known = by_evaluation()(operation, dim, facts)
+        n = count_of((operation.output, dim))
+        assert n is not None
+        chosen: Known | None = None
+        for i in choices:
+            choice = operation.args[i]
+            if isinstance(choice, fx.Node):
+                if not is_tensor(choice):
+                    return known
+                option = _aligned(choice, operation, dim, n, facts)
+            else:
+                option = _all(float(choice), n)
+            if chosen is None:
+                chosen = option
+            else:
+                both = chosen.mask & option.mask & (chosen.value == option.value)
+                chosen = Known.of(both, chosen.value)
+        assert known is not None
+        assert chosen is not None
+        return Known(known.mask | chosen.mask, torch.where(known.mask, known.value, chosen.value))
+
+    return transfer
+
+
+def _all(value: float, n: int) -> Known:
+    return Known.of(torch.ones(n, dtype=torch.bool), torch.full((n,), value, dtype=torch.float64))
+
+
+def _aligned(source: fx.Node, operation: Operation, dim: int, n: int, facts: Facts) -> Known:
+    """A source's features where they meet those of the output."""
+    own = dim - (len(shape(operation.output)) - len(shape(source)))
+    if own >= 0 and shape(source)[own] == n != 1:
+        return facts.at((source, own))
+    value = facts.uniform(source) if own < 0 or shape(source)[own] == 1 else None
+    return Known.nothing(n) if value is None else _all(value, n)
+
+
+def _evaluated(operation: Operation, dim: int, n: int, seen: dict[fx.Node, Known]) -> Known:
+    if operation.reads_sizes:
+        return Known.nothing(n)
+    along = [n if d == dim else 1 for d in range(len(shape(operation.output)))]
+    values = {source: _as_type(known.value.view(along), source) for source, known in seen.items()}
+    try:
+        result = operation.run(values).to("cpu", torch.float64).reshape(-1)
+    except (RuntimeError, TypeError):  # it can't be run in float64
+        return Known.nothing(n)
+    mask = torch.ones(n, dtype=torch.bool)
+    for known in seen.values():
+        mask = mask & known.mask
+    return Known.of(mask, result) if len(result) == n else Known.nothing(n)
+
+
+def _as_type(value: Tensor, source: fx.Node) -> Tensor:
+    dtype = source.meta["val"].dtype
+    return value if dtype.is_floating_point else value.to(dtype)
+
+
+def of_channels(operation: Operation, dim: int, facts: Facts) -> Known | None:
+    """Batch normalisation by running statistics, PReLU: one number for each channel, in dim 1."""
+    if dim != 1:
         return None
-    weight = graph.constant(read.weight[0])
-    if is_recurrent(operation):
-        return weight @ values
-    along = [-1 if d == dim else 1 for d in range(len(shape(source)))]
-    spread = values.view(along).expand(shape(source)).contiguous()
-    inputs: dict[fx.Node, Tensor] = {source: spread, read.weight[0]: weight}
-    bias = read.bias
-    if isinstance(bias, fx.Node):
-        inputs[bias] = torch.zeros(shape(bias), dtype=torch.float64)
-    result = operation.run(inputs)
-    out_dim = result.ndim - 1 - max(weight.ndim - 2, 0)  # of a Conv: in front of the positions
-    rows = result.movedim(out_dim, 0).unsqueeze(-1).flatten(1)
-    if not torch.allclose(rows, rows[:, :1].expand_as(rows), rtol=1e-12, atol=1e-14):
+    input, *parameters = operation.sources
+    known = facts.at((input, 1))
+    values = {input: known.value[None]}  # (1, n)
+    for parameter in parameters:
+        if not operation.flow.is_constant(parameter):
+            return None
+        values[parameter] = operation.flow.constant(parameter)
+    try:
+        return Known.of(known.mask, operation.run(values).double().flatten())
+    except (RuntimeError, TypeError):
         return None
-    return rows[:, 0]
 
 
-def name_of_bias(graph: Graph, read: Read) -> str | None:
-    """The parameter that takes in a constant, or the one to be made; None if there is no place."""
-    if isinstance(read.bias, fx.Node):
-        names = graph.names.get(read.bias, [])
-        return names[0] if len(names) == 1 else None
-    names = graph.names.get(read.weight[0], []) if read.weight else []
-    owner, _, attribute = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
-    if attribute != "weight" or module_of(read.operation) != owner:
-        return None
-    module = graph.model.get_submodule(owner)
-    makes_one = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.bias is None
-    if not makes_one:
-        return None
-    return names[0].removesuffix("weight") + "bias"
+def of_halves(operation: Operation, dim: int, facts: Facts) -> Known | None:
+    """glu: the first half, times the sigmoid of the second."""
+    input = operation.args[0]
+    rank = len(shape(input))
+    if dim != operation.arg(1, "dim", -1) % rank:
+        return from_related(operation, dim, facts)
+    known = facts.at((input, dim))
+    half = len(known.mask) // 2
+    value = known.value[:half] * known.value[half:].sigmoid()
+    mask = known.mask[:half] & known.mask[half:]
+    found, zero = Known.of(mask, value), known.zero[:half]
+    return Known(found.mask | zero, found.value.masked_fill(zero, 0))
+
+
+def all_of(number: float) -> Transfer:
+    """Tensors that are made of one number."""
+
+    def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+        n = count_of((operation.output, dim))
+        return None if n is None else _all(number, n)
+
+    return transfer
+
+
+def all_of_argument(position: int) -> Transfer:
+    """The number stands among the arguments."""
+
+    def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+        number = operation.args[position]
+        return all_of(number)(operation, dim, facts) if isinstance(number, int | float) else None
+
+    return transfer

@@ -1,19 +1,30 @@
-"""The dataflow of a model, read from `torch.export`: values, and the operations between them."""
+"""The dataflow of a model, read once from `torch.export`: values, and the operations between them.
+
+Sizes are symbols wherever the model allows: what is read holds for every batch, length and
+resolution that the model takes, and a size that the model fixes is a number.
+"""
 
 import operator
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import sympy
 import torch
+import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx, nn
+from torch.export import Dim, ShapesCollection
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import PruningError, structural_copy, tensors_by_name
 from ..models.inputs import Inputs, as_arguments
 from ..models.insert import tail_dropouts
+
+Size: TypeAlias = int | sympy.Expr
 
 
 @torch.library.custom_op("taildropout::layer", mutates_args=())
@@ -44,31 +55,45 @@ class Operation:
     pick: int | None
     output: fx.Node
     sources: tuple[fx.Node, ...]  # the values that it reads
+    flow: "Dataflow"
 
-    def arg(self, position: int, default: Any = None) -> Any:
-        return self.args[position] if len(self.args) > position else default
+    def arg(self, position: int, name: str = "", default: Any = None) -> Any:
+        """An argument, given by position or by name."""
+        if len(self.args) > position:
+            return self.args[position]
+        return self.kwargs.get(name, default)
 
-    def run(self, values: Mapping[fx.Node, Tensor], replaced: Mapping[int, Any] = {}) -> Tensor:
-        """The result for other values, and with other arguments at the positions `replaced`."""
-        args: Any = fx.node.map_arg(self.args, lambda node: values[node])
-        kwargs: Any = fx.node.map_arg(self.kwargs, lambda node: values[node])
-        args = [replaced.get(i, arg) for i, arg in enumerate(args)]
+    def run(self, values: Mapping[fx.Node, Tensor]) -> Tensor:
+        """The result for other values.
+
+        Raises:
+            KeyError: a value is missing; the sizes that stand among the arguments always are.
+        """
+        args, kwargs = fx.node.map_arg((self.args, self.kwargs), lambda node: values[node])
         result = self.target(*args, **kwargs)
         picked: Tensor = result if self.pick is None else result[self.pick]
         return picked
 
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether sizes that are symbols stand among its arguments."""
+        found: list[fx.Node] = []
+        fx.node.map_arg((self.args, self.kwargs), found.append)
+        return any(not is_tensor(node) for node in found)
 
-class Graph:
+
+class Dataflow:
     """The model's dataflow in eval mode, in which each TailDropout is one operation.
 
     Attributes:
         values: all tensors, parameters and buffers first, then in the order of computation. A
             tied parameter is one value.
         operations: what computes a value; parameters, buffers and inputs have none.
-        users: the values that are computed from a value.
+        users: the operations that read a value.
         returned: values that the model returns.
         names: of parameters and buffers; tied ones have several.
-        layer_dims: the dim of the features of each TailDropout, by name.
+        layers: the model's TailDropouts by name.
+        n: the number of features of each layer that the model calls with one number of them.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
@@ -83,17 +108,19 @@ class Graph:
         def values_in(arguments: Any) -> list[fx.Node]:
             found: list[fx.Node] = []
             fx.node.map_arg(arguments, lambda node: found.append(same.get(node, node)))
-            return found
+            return [node for node in found if is_tensor(node)]
 
         self.operations: dict[fx.Node, Operation] = {}
         self.values: list[fx.Node] = []
         for node in nodes:
             if node.op == "output":
                 self.returned = set(values_in(node.args))
+            elif not is_tensor(node):
+                continue
             elif node.op == "placeholder":
-                if same.get(node, node) is node and isinstance(node.meta.get("val"), Tensor):
+                if same.get(node, node) is node:
                     self.values.append(node)
-            elif isinstance(node.meta.get("val"), Tensor):
+            else:
                 picked = node.target is operator.getitem
                 call: Any = node.args[0] if picked else node
                 args, kwargs = fx.node.map_arg(
@@ -106,6 +133,7 @@ class Graph:
                     int(node.args[1]) if picked else None,  # type: ignore[arg-type]
                     node,
                     tuple(dict.fromkeys(values_in((args, kwargs)))),
+                    self,
                 )
                 self.values.append(node)
         self.users: dict[fx.Node, list[Operation]] = {node: [] for node in self.values}
@@ -113,10 +141,14 @@ class Graph:
             for source in operation.sources:
                 self.users.setdefault(source, []).append(operation)
         self._is_constant: dict[fx.Node, bool] = {}
+        self.n = self._layer_sizes()
 
     def _find_tensors(self, program: Any, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Fill in the parameters and buffers; which nodes are the same tensor as an earlier one."""
         tensors = tensors_by_name(self.model)
+        names: dict[int, list[str]] = {}
+        for name, tensor in tensors.items():
+            names.setdefault(id(tensor), []).append(name)
         by_name = {node.name: node for node in nodes}
         first: dict[int, fx.Node] = {}
         same = {}
@@ -128,17 +160,52 @@ class Graph:
             if isinstance(value, Tensor):
                 same[node] = first.setdefault(id(value), node)
                 self._tensors[node] = value.detach()
-                self.names[node] = [name for name, t in tensors.items() if t is value]
+                self.names[node] = names.get(id(value), [])
         return same
 
+    def _layer_sizes(self) -> dict[str, int]:
+        sizes: dict[str, set[Size]] = {}
+        for operation in self.calls():
+            name = operation.args[1]
+            layer = self.layers[name]
+            fitted = isinstance(layer, FittedTailDropout)
+            n = layer.width if fitted else shape(operation.output)[layer_dim(operation)]
+            sizes.setdefault(name, set()).add(n)
+        self._called_with = {name: sorted(map(str, found)) for name, found in sizes.items()}
+        return {
+            name: n
+            for name, found in sizes.items()
+            for n in found
+            if len(found) == 1 and isinstance(n, int)
+        }
+
+    def n_of(self, name: str) -> int:
+        """The number of features of a layer.
+
+        Raises:
+            PruningError: the model does not call it, or with another number each time.
+        """
+        if name in self.n:
+            return self.n[name]
+        found = f"[{', '.join(sizes)}]" if (sizes := self._called_with.get(name)) else "no call"
+        raise PruningError(
+            f"layer {name!r} must be called with one number of features, got {found} while "
+            "running the model on the example inputs"
+        )
+
+    def calls(self) -> list[Operation]:
+        """The calls of all layers, in the order of computation."""
+        return [o for o in self.operations.values() if o.target is LAYER]
+
     def is_constant(self, node: fx.Node) -> bool:
-        """Whether the value does not depend on the inputs."""
+        """Whether the value is computed from parameters and buffers alone, at no size but theirs."""
         if node not in self._is_constant:
             operation = self.operations.get(node)
             self._is_constant[node] = node in self._tensors or (
                 operation is not None
                 and operation.target is not LAYER
                 and len(operation.sources) > 0
+                and not operation.reads_sizes
                 and all(self.is_constant(source) for source in operation.sources)
             )
         return self._is_constant[node]
@@ -150,15 +217,6 @@ class Graph:
             return value.double() if value.is_floating_point() else value
         operation = self.operations[node]
         return operation.run({source: self.constant(source) for source in operation.sources})
-
-    def layer_widths(self, name: str) -> set[int]:
-        """The numbers of features with which a layer is called."""
-        layer = self.layers[name]
-        return {
-            layer.width if isinstance(layer, FittedTailDropout) else shape(o.output)[layer_dim(o)]
-            for o in self.operations.values()
-            if o.target is LAYER and o.args[1] == name
-        }
 
 
 def _exported(model: nn.Module, example_inputs: Inputs) -> Any:
@@ -172,23 +230,115 @@ def _exported(model: nn.Module, example_inputs: Inputs) -> Any:
             return output
 
         layer.forward = stand_in  # type: ignore[method-assign]
-    args, kwargs = as_arguments(example_inputs)
+    tensors = [x for x in tree_leaves(as_arguments(example_inputs)) if isinstance(x, Tensor)]
+    if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
+        raise PruningError("the example inputs must hold at least one sample")
+    symbols = [set(range(x.ndim)) for x in tensors]  # the dims whose size is one
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about its own tracing
-            program = torch.export.export(traced, args, kwargs, strict=False)
-            program = program.run_decompositions({})  # free of in-place operations
-
+        program = _export(traced, example_inputs, tensors, symbols)
+        tied = _tied_to_numbers(program)
+        if any(tied):
+            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
+            program = _export(traced, example_inputs, tensors, symbols)
+        if not any(_tied_to_numbers(program)):
+            return program
+    except Exception:  # the sizes of some models can't be symbols
+        pass
+    try:
+        return _export(traced, example_inputs, tensors, [set() for _ in tensors])
     except Exception as error:
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
             f"exporting it failed: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _export(
+    model: nn.Module, example_inputs: Inputs, tensors: list[Tensor], symbols: list[set[int]]
+) -> Any:
+    args, kwargs = as_arguments(example_inputs)
+    sizes = ShapesCollection()
+    for tensor, dims in zip(tensors, symbols, strict=True):
+        sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
+    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols():
+        warnings.simplefilter("ignore")  # torch's, about its own tracing
+        program = torch.export.export(
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
+            strict=False,
+        )
+        if _needs_decomposing(program.graph):
+            program = program.run_decompositions({})
     return program
 
 
-def shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
+def _tied_to_numbers(program: Any) -> list[set[int]]:
+    """The dims of each input that must multiply to a number, as where pixels are flattened."""
+    inputs = [
+        node.meta["val"]
+        for node, spec in zip(
+            (node for node in program.graph.nodes if node.op == "placeholder"),
+            program.graph_signature.input_specs,
+            strict=True,
+        )
+        if spec.kind == InputKind.USER_INPUT and is_tensor(node)
+    ]
+    tied: set[Any] = set()
+    for value in inputs[:1]:
+        environment = value.fake_mode.shape_env
+        for guard in environment.guards if environment is not None else ():
+            relation = environment.replace(guard.expr)
+            if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
+                tied |= relation.free_symbols
+    return [
+        {d for d, size in enumerate(map(size_of, value.shape)) if _symbols_of(size) & tied}
+        for value in inputs
+    ]
+
+
+def _symbols_of(size: Size) -> set[Any]:
+    return set() if isinstance(size, int) else size.free_symbols
+
+
+def _sizes_are_symbols() -> AbstractContextManager[None]:
+    """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
+    if not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
+        return nullcontext()
+    config: Any = symbolic_config
+    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
+    return patched
+
+
+def _needs_decomposing(graph: fx.Graph) -> bool:
+    """Where something is changed in place, values are no values; and no layer is to be hidden."""
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    hidden = any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
+    schemas = [t._schema for t in targets if isinstance(t, torch._ops.OpOverload)]
+    return hidden or any(schema.is_mutable for schema in schemas)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    """The size of each dim: a number, or an expression of symbols."""
+    return tuple(size_of(size) for size in node.meta["val"].shape)
+
+
+def size_of(size: int | torch.SymInt) -> Size:
+    if isinstance(size, int):
+        return size
+    expression: sympy.Expr = size.node.shape_env.replace(size.node.expr)
+    return int(expression) if expression.is_number else expression
+
+
+def count_of(place: "tuple[fx.Node, int]") -> int | None:
+    """How many features lie along a dim of a value; None where that is no fixed number."""
+    size = shape(place[0])[place[1]]
+    return size if isinstance(size, int) else None
 
 
 def layer_dim(operation: Operation) -> int:

@@ -1,13 +1,14 @@
 """What operations say of features: which of which values go or stay together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .dataflow import Operation, shape
+from .dataflow import Operation, count_of
 
 Place = tuple[fx.Node, int]  # a dim of a value, along which its features lie
 
@@ -48,7 +49,7 @@ class Relation:
                 yield self.whole, part.labels_of_whole, part.place, part.labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Read:
     """Features at `place` are multiplied by the entries of `weight`, if there is one, and summed.
 
@@ -60,30 +61,51 @@ class Read:
     weight: Place | None = None
     bias: Any = None  # a value, or None where there is none
 
-    @property
+    @cached_property
     def tie(self) -> Relation:
         """Features and entries go together."""
-        return same(self.place, self.weight) if self.weight else Relation(self.place, ())
+        if self.weight is None:
+            return Relation(self.place, ())
+        (tie,) = same(self.place, self.weight)
+        return tie
 
 
-@dataclass
-class Rules:
-    """What one operation says.
+@dataclass(frozen=True)
+class Made:
+    """Features at a place of the output that the operation makes by itself, whatever it reads."""
 
-    `made` are the features at places of its output that it makes by itself: they are there,
-    whatever it reads.
-    """
+    place: Place
+    features: Tensor  # bool, (features at `place`,)
 
-    relations: list[Relation]
-    reads: list[Read]
-    made: list[tuple[Place, Tensor]]
+
+Saying = Relation | Read | Made
 
 
 def related(place: Place, whole: Place, labels: Tensor, labels_of_whole: Tensor) -> Relation:
     return Relation(whole, (Part(place, labels, labels_of_whole),))
 
 
-def same(place: Place, whole: Place) -> Relation:
-    """One by one."""
-    index = torch.arange(shape(whole[0])[whole[1]])
-    return related(place, whole, index, index)
+def same(place: Place, whole: Place) -> Iterator[Relation]:
+    """One by one. Nothing where the number of features is no fixed one, or is another."""
+    n = count_of(place)
+    if n is not None and n == count_of(whole):
+        index = torch.arange(n)
+        yield related(place, whole, index, index)
+
+
+def dims_alike(
+    source: fx.Node, output: fx.Node, dims: Mapping[int, int] | Iterable[int]
+) -> Iterator[Relation]:
+    """Dims of the source that the output has too, and where there."""
+    pairs = dims.items() if isinstance(dims, Mapping) else [(d, d) for d in dims]
+    for dim, out_dim in pairs:
+        yield from same((source, dim), (output, out_dim))
+
+
+def read(
+    operation: Operation, place: Place, weight: Place | None = None, bias: Any = None
+) -> Iterator[Read]:
+    """Nothing where the number of features is no fixed one."""
+    n = count_of(place)
+    if n is not None and (weight is None or n == count_of(weight)):
+        yield Read(operation, place, weight, bias)

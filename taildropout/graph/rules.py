@@ -1,337 +1,186 @@
-"""How operations treat features: which features of which values go or stay together.
+"""What is known of each operation: one entry in a table.
 
-Each operation states `Relation`s between a dim of one value and a dim of another. What is not
-listed here mixes features, or is unknown: its inputs are needed whole, and so is its output.
+Each operation states `Relation`s between a dim of one value and a dim of another, what it `Read`s,
+and what it makes of constants. What is not in the table mixes features, or is unknown: its inputs
+are needed whole, and so is its output. A new operation is a new entry, and a case in the tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .dataflow import LAYER, Graph, Operation, layer_dim, shape
-from .moving import move
-from .relations import Read, Relation, Rules, related, same
+from . import moving
+from .constants import (
+    Transfer,
+    all_of,
+    all_of_argument,
+    by_choice,
+    by_evaluation,
+    from_related,
+    of_channels,
+    of_halves,
+    padded,
+    zeros_from_any,
+    zeros_from_any_factor,
+    zeros_from_related,
+)
+from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, shape
+from .moving import Taken
+from .relations import Saying, dims_alike, read, related, same
 
 aten = torch.ops.aten
 
 
-def rules_of(graph: Graph, operation: Operation, ks: dict[str, int]) -> Rules:
-    """All that is known of an operation; empty where it is not supported."""
-    rules = Rules([], [], [])
-    target = operation.target
-    if target is LAYER:
-        rules.relations += _layer(operation, ks)
-    elif is_pointwise(operation):
-        rules.relations += _pointwise(operation)
-    elif target in _MOVING:
-        move(operation, rules)
-    elif target in _LINEAR:
-        _linear(operation, rules)
-    elif target in _CONV | _CONV_TRANSPOSE:
-        _convolve(operation, rules)
-    elif target is aten.addmm.default:
-        bias, input, weight = operation.args[:3]
-        _multiply(operation, rules, input, weight, bias)
-    elif target in _MATMUL:
-        _multiply(operation, rules, *operation.args[:2])
-    elif target is aten.einsum.default:
-        _multiply_as_written(operation, rules)
-    elif target is aten.bilinear.default:
-        _multiply_pairs(operation, rules)
-    elif target in _EMBEDDING and operation.pick in (None, 0):
-        weight = operation.args[0]
-        rules.relations.append(
-            same((weight, 1), (operation.output, len(shape(operation.output)) - 1))
-        )
-    elif target in _RECURRENT:
-        _recur(operation, rules)
-    elif target in _CELLS:
-        _recur_once(operation, rules)
-    elif operation.pick in (None, 0):
-        rules.relations += _through(operation)
-        rules.reads += _sums(operation)
-    return rules
+@dataclass(frozen=True)
+class Rule:
+    """All that is known of one operation.
+
+    Attributes:
+        says: how its features belong together.
+        constants: what it makes of features that are constant.
+        fold: what constants add to each of its outputs, given the entries of its weight times
+            them; None where that differs from place to place. Of what has no `fold`, only zeros
+            can be taken away.
+        takes: along which dims it takes features, and which, by numbers that stand in the code.
+        has_sizes: sizes of its input or output stand among its arguments.
+        runs_on_nothing: torch can run it where all features are gone.
+    """
+
+    says: Callable[[Operation], Iterable[Saying]]
+    constants: Transfer | None = None
+    fold: Callable[[Operation, Tensor], Tensor | None] | None = None
+    takes: Callable[[Operation], dict[int, Taken]] | None = None
+    has_sizes: bool = False
+    runs_on_nothing: bool = False
 
 
-def is_pointwise(operation: Operation) -> bool:
-    tags: Any = getattr(operation.target, "tags", ())
-    if operation.target in _RANDOM_IN_TRAINING:
-        return operation.arg(_RANDOM_IN_TRAINING[operation.target], False) is False
-    if torch.Tag.nondeterministic_seeded in tags or operation.pick is not None:
-        return False
-    return bool(torch.Tag.pointwise in tags or operation.target in _POINTWISE_WITHOUT_TAG)
+def rule_of(operation: Operation) -> Rule | None:
+    """The entry of an operation. Elementwise functions are known by torch's tag for them."""
+    rule = RULES.get(operation.target)
+    if rule is None and torch.Tag.pointwise in getattr(operation.target, "tags", ()):
+        return ELEMENTWISE
+    return rule
 
 
-def runs_on_no_features(operation: Operation) -> bool:
-    """Whether torch can run it where all features are gone."""
-    return operation.target in _LINEAR or operation.target is LAYER or is_pointwise(operation)
+class Sayings:
+    """What all operations say, asked once; of the layers, at the given ks."""
+
+    def __init__(self) -> None:
+        self._said: dict[Operation, tuple[Saying, ...]] = {}
+
+    def at(self, ks: dict[str, int]) -> Callable[[Operation], tuple[Saying, ...]]:
+        of_layers: dict[Operation, tuple[Saying, ...]] = {}
+
+        def say(operation: Operation) -> tuple[Saying, ...]:
+            is_layer = operation.target is LAYER
+            said = of_layers if is_layer else self._said
+            if operation not in said:
+                rule = rule_of(operation)
+                found = _layer(operation, ks) if is_layer else rule.says(operation) if rule else ()
+                said[operation] = tuple(found)
+            return said[operation]
+
+        return say
 
 
-def moves(operation: Operation) -> bool:
-    """Whether it only puts entries to other places."""
-    return operation.target in _MOVING
+# ------------------------------------------------------------------------------- what they say
 
 
-def zeros_make_zeros(operation: Operation, source: fx.Node) -> bool:
-    """Whether zeros in this source make zeros, whatever finite and nonzero the others are."""
-    if operation.target is aten.div.Tensor:
-        return source is operation.args[0] and source is not operation.args[1]
-    return operation.target in _PRODUCTS
-
-
-def is_recurrent(operation: Operation) -> bool:
-    return operation.target in _RECURRENT or operation.target in _CELLS
-
-
-def takes_by_number(operation: Operation) -> bool:
-    """Whether it takes features by their position, which is written in the model's code."""
-    return operation.target in _TAKING
-
-
-def has_sizes(operation: Operation) -> bool:
-    """Whether sizes of its input or output stand among its arguments."""
-    return operation.target in _SIZED
-
-
-_LINEAR = {aten.linear.default}
-_CONV = {
-    getattr(getattr(aten, f"conv{d}d"), overload)
-    for d in (1, 2, 3)
-    for overload in ("default", "padding")
-}
-_CONV_TRANSPOSE = {
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-}
-_MATMUL = {aten.matmul.default, aten.mm.default, aten.bmm.default}
-_PRODUCTS = _MATMUL | {aten.mul.Tensor, aten.einsum.default}
-_EMBEDDING = {
-    aten.embedding.default,
-    aten.embedding_bag.default,
-    aten.embedding_bag.padding_idx,
-    aten._embedding_bag.default,
-    aten._embedding_bag_forward_only.default,
-}
-# Where their list of weights and biases stands among the arguments.
-_RECURRENT = {
-    aten.lstm.input: 2,
-    aten.gru.input: 2,
-    aten.rnn_tanh.input: 2,
-    aten.rnn_relu.input: 2,
-}
-# Where their weights and biases stand: of the input, then of the hidden state.
-_CELLS = {
-    aten.lstm_cell.default: 2,
-    aten.gru_cell.default: 2,
-    aten.rnn_tanh_cell.default: 2,
-    aten.rnn_relu_cell.default: 2,
-}
-_POINTWISE_WITHOUT_TAG = {  # in one of the versions of torch that are supported
-    aten.leaky_relu.default,
-    aten.hardswish.default,
-    aten.log_sigmoid.default,
-    aten.where.ScalarSelf,
-    aten.where.ScalarOther,
-    aten.where.Scalar,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-}
-# Where their flag `training` stands among the arguments.
-_RANDOM_IN_TRAINING = {aten.dropout.default: 2, aten.rrelu.default: 3}
-# They take entries by position: the model's code says which.
-_TAKING = {
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.narrow.default,
-    aten.index_select.default,
-    aten.roll.default,
-    aten.channel_shuffle.default,
-}
-# Their arguments are sizes.
-_SIZED = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unflatten.int,
-    aten.expand.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-}
-# They put every entry of their inputs somewhere, or nowhere, and change none.
-_MOVING = _TAKING | {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.movedim.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.flip.default,
-    aten.cat.default,
-    aten.stack.default,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    *(getattr(aten, f"upsample_nearest{d}d").vec for d in (1, 2, 3)),
-    *(getattr(aten, f"_upsample_nearest_exact{d}d").vec for d in (1, 2, 3)),
-}
-# Their parameters and statistics lie along dim 1.
-_CHANNELWISE = {
-    aten._native_batch_norm_legit_no_training.default,
-    aten.batch_norm.default,
-    aten.instance_norm.default,
-    aten.prelu.default,
-    aten._prelu_kernel.default,
-}
-# How many dims, counted from the last, they mix.
-_MIXING_LAST = {
-    getattr(aten, f"{name}{d}d").default: d
-    for d in (1, 2, 3)
-    for name in ("max_pool", "avg_pool", "adaptive_avg_pool")
-} | {
-    aten.max_pool2d_with_indices.default: 2,
-    aten.max_pool3d_with_indices.default: 3,
-    aten.adaptive_max_pool1d.default: 1,
-    aten.adaptive_max_pool2d.default: 2,
-    aten.adaptive_max_pool3d.default: 3,
-    aten._adaptive_avg_pool2d.default: 2,
-    aten._adaptive_avg_pool3d.default: 3,
-    aten.upsample_linear1d.vec: 1,
-    aten.upsample_bilinear2d.vec: 2,
-    aten.upsample_bicubic2d.vec: 2,
-    aten.upsample_trilinear3d.vec: 3,
-    aten.scaled_dot_product_attention.default: 2,
-}
-_NORMALISING = {aten.layer_norm.default, aten.rms_norm.default}
-_REDUCING = {
-    aten.mean.dim,
-    aten.amax.default,
-    aten.amin.default,
-    aten.var.correction,
-    aten.prod.dim_int,
-    aten.logsumexp.default,
-}
-# They reduce too, and zeros add nothing to the result. Where their dims stand among the arguments.
-_SUMMING = {
-    aten.sum.default: 1,
-    aten.sum.dim_IntList: 1,
-    aten.linalg_vector_norm.default: 2,
-}
-_ALONG_ONE_DIM = {
-    aten.softmax.int,
-    aten._softmax.default,
-    aten.log_softmax.int,
-    aten._log_softmax.default,
-    aten.cumsum.default,
-}
-
-
-def _layer(operation: Operation, ks: dict[str, int]) -> Iterator[Relation]:
+def _layer(operation: Operation, ks: dict[str, int]) -> Iterator[Saying]:
     """It needs no tail, and brings forth zeros by itself."""
     input, output, dim = operation.args[0], operation.output, layer_dim(operation)
-    for d in range(len(shape(output))):
-        if d != dim:
-            yield same((input, d), (output, d))
-    k = ks.get(operation.args[1])
-    before, after = torch.arange(shape(input)[dim]), torch.arange(shape(output)[dim])
-    if k is not None:
-        before, after = before.masked_fill(before >= k, -1), after.masked_fill(after >= k, -1)
-    yield related((input, dim), (output, dim), before, after)
+    yield from dims_alike(input, output, [d for d in range(len(shape(output))) if d != dim])
+    n, out_n, k = count_of((input, dim)), count_of((output, dim)), ks.get(operation.args[1])
+    if n is not None and out_n is not None:
+        before, after = torch.arange(n), torch.arange(out_n)
+        if k is not None:
+            before, after = before.masked_fill(before >= k, -1), after.masked_fill(after >= k, -1)
+        yield related((input, dim), (output, dim), before, after)
 
 
-def _pointwise(operation: Operation) -> Iterator[Relation]:
+def _elementwise(operation: Operation) -> Iterator[Saying]:
     output = operation.output
     for source in operation.sources:
         missing = len(shape(output)) - len(shape(source))
-        for dim, size in enumerate(shape(source)):
-            if size == shape(output)[dim + missing]:  # otherwise one entry for all
-                yield same((source, dim), (output, dim + missing))
+        # Where the sizes differ, one entry is for all.
+        yield from dims_alike(source, output, {d: d + missing for d in range(len(shape(source)))})
 
 
-def _linear(operation: Operation, rules: Rules) -> None:
+def _in_eval(training_at: int) -> Callable[[Operation], Iterator[Saying]]:
+    """Functions that are random in training."""
+
+    def says(operation: Operation) -> Iterator[Saying]:
+        if operation.arg(training_at, "training", False) is False:
+            yield from _elementwise(operation)
+
+    return says
+
+
+def _linear(operation: Operation) -> Iterator[Saying]:
     input, weight = operation.args[:2]
-    bias = operation.arg(2)
+    bias = operation.arg(2, "bias")
     last, out_last = len(shape(input)) - 1, len(shape(operation.output)) - 1
-    rules.reads.append(Read(operation, (input, last), (weight, 1), bias))
-    rules.relations.append(same((weight, 0), (operation.output, out_last)))
+    yield from read(operation, (input, last), (weight, 1), bias)
+    yield from same((weight, 0), (operation.output, out_last))
     if bias is not None:
-        rules.relations.append(same((bias, 0), (operation.output, out_last)))
-    for dim in range(last):
-        rules.relations.append(same((input, dim), (operation.output, dim)))
+        yield from same((bias, 0), (operation.output, out_last))
+    yield from dims_alike(input, operation.output, range(last))
 
 
-def _convolve(operation: Operation, rules: Rules) -> None:
-    input, weight = operation.args[:2]
-    bias, output = operation.arg(2), operation.output
-    transposed = operation.target in _CONV_TRANSPOSE
-    groups = operation.arg(6, 1)
-    dim = len(shape(input)) - (len(shape(weight)) - 2) - 1  # 0 where there is no batch dim
-    if not transposed:
-        rules.relations.append(same((weight, 0), (output, dim)))
-    if groups == 1:
-        rules.reads.append(Read(operation, (input, dim), (weight, 0 if transposed else 1), bias))
-        if transposed:
-            rules.relations.append(same((weight, 1), (output, dim)))
-    else:  # whole groups go
-        ins, outs = torch.arange(shape(input)[dim]), torch.arange(shape(output)[dim])
-        in_group = ins // (len(ins) // groups)
-        out_group = outs // (len(outs) // groups)
-        rules.relations.append(related((input, dim), (output, dim), in_group, out_group))
-        if transposed:
-            rules.relations.append(same((input, dim), (weight, 0)))
-    if bias is not None:
-        rules.relations.append(same((bias, 0), (output, dim)))
-    if dim == 1:
-        rules.relations.append(same((input, 0), (output, 0)))
+def _convolution(transposed: bool) -> Callable[[Operation], Iterator[Saying]]:
+    def says(operation: Operation) -> Iterator[Saying]:
+        input, weight = operation.args[:2]
+        bias, output = operation.arg(2, "bias"), operation.output
+        groups = operation.arg(6, "groups", 1)
+        dim = len(shape(input)) - (len(shape(weight)) - 2) - 1  # 0 where there is no batch dim
+        if not transposed:
+            yield from same((weight, 0), (output, dim))
+        if groups == 1:
+            yield from read(operation, (input, dim), (weight, 0 if transposed else 1), bias)
+            if transposed:
+                yield from same((weight, 1), (output, dim))
+        else:  # whole groups go
+            ins, outs = (torch.arange(count_of((v, dim)) or 0) for v in (input, output))
+            in_group = ins // (len(ins) // groups)
+            out_group = outs // (len(outs) // groups)
+            yield related((input, dim), (output, dim), in_group, out_group)
+            if transposed:
+                yield from same((input, dim), (weight, 0))
+        if bias is not None:
+            yield from same((bias, 0), (output, dim))
+        yield from dims_alike(input, output, range(dim))
+
+    return says
 
 
-def _multiply(
-    operation: Operation, rules: Rules, left: fx.Node, right: fx.Node, bias: Any = None
-) -> None:
-    """A matrix product of values; `right` may be a weight of shape (in, out)."""
-    output = operation.output
-    rank, rank_right, rank_out = len(shape(left)), len(shape(right)), len(shape(output))
-    if rank < 2 or rank_right < 2:
-        return
-    rules.reads.append(Read(operation, (left, rank - 1), (right, rank_right - 2), bias))
-    rules.reads.append(Read(operation, (right, rank_right - 2), (left, rank - 1), None))
-    rules.relations.append(same((left, rank - 2), (output, rank_out - 2)))
-    rules.relations.append(same((right, rank_right - 1), (output, rank_out - 1)))
-    if bias is not None and shape(bias)[-1] == shape(output)[-1]:
-        rules.relations.append(same((bias, len(shape(bias)) - 1), (output, rank_out - 1)))
-    for factor, its_rank in ((left, rank), (right, rank_right)):
-        for dim in range(its_rank - 2):
-            out_dim = dim + rank_out - its_rank
-            if shape(factor)[dim] == shape(output)[out_dim]:
-                rules.relations.append(same((factor, dim), (output, out_dim)))
+def _product(left_at: int, right_at: int, bias_at: int | None = None) -> Callable[[Operation], Any]:
+    """A matrix product of values; the right one may be a weight of shape (in, out)."""
+
+    def says(operation: Operation) -> Iterator[Saying]:
+        left, right = operation.args[left_at], operation.args[right_at]
+        bias = None if bias_at is None else operation.args[bias_at]
+        output = operation.output
+        rank, rank_right, rank_out = (len(shape(value)) for value in (left, right, output))
+        if rank < 2 or rank_right < 2:
+            return
+        yield from read(operation, (left, rank - 1), (right, rank_right - 2), bias)
+        yield from read(operation, (right, rank_right - 2), (left, rank - 1))
+        yield from same((left, rank - 2), (output, rank_out - 2))
+        yield from same((right, rank_right - 1), (output, rank_out - 1))
+        if bias is not None:
+            yield from same((bias, len(shape(bias)) - 1), (output, rank_out - 1))
+        for factor, its_rank in ((left, rank), (right, rank_right)):
+            shift = rank_out - its_rank
+            yield from dims_alike(factor, output, {d: d + shift for d in range(its_rank - 2)})
+
+    return says
 
 
-def _multiply_as_written(operation: Operation, rules: Rules) -> None:
-    """An einsum. Without ellipsis and diagonals, and with each sum over two factors at most."""
+def _einsum(operation: Operation) -> Iterator[Saying]:
+    """Without ellipsis and diagonals, and with each sum over two factors at most."""
     equation, factors = operation.args[:2]
     written, arrow, result = equation.replace(" ", "").partition("->")
     terms = written.split(",")
@@ -340,136 +189,460 @@ def _multiply_as_written(operation: Operation, rules: Rules) -> None:
     if not arrow:
         letters = written.replace(",", "")
         result = "".join(sorted(letter for letter in letters if letters.count(letter) == 1))
-    sizes = dict(zip(result, shape(operation.output), strict=True))
     for letter in sorted(set("".join(terms))):
         places = [(f, t.index(letter)) for f, t in zip(factors, terms, strict=True) if letter in t]
         if letter in result:
-            out = (operation.output, result.index(letter))
-            places = [place for place in places if shape(place[0])[place[1]] == sizes[letter]]
-            rules.relations += [same(place, out) for place in places]
+            for place in places:
+                yield from same(place, (operation.output, result.index(letter)))
         elif len(places) == 1:
-            rules.reads.append(Read(operation, places[0]))
-        elif len(places) == 2 and len({shape(node)[dim] for node, dim in places}) == 1:
+            yield from read(operation, places[0])
+        elif len(places) == 2:
             one, other = places
-            rules.reads += [Read(operation, one, other), Read(operation, other, one)]
+            yield from read(operation, one, other)
+            yield from read(operation, other, one)
 
 
-def _multiply_pairs(operation: Operation, rules: Rules) -> None:
+def _bilinear(operation: Operation) -> Iterator[Saying]:
     """Each feature of one input times each of the other, weighted: (out, one, other)."""
     one, other, weight = operation.args[:3]
-    bias, last = operation.arg(3), len(shape(operation.output)) - 1
-    rules.reads.append(Read(operation, (one, last), (weight, 1)))
-    rules.reads.append(Read(operation, (other, last), (weight, 2)))
-    rules.relations.append(same((weight, 0), (operation.output, last)))
+    bias, last = operation.arg(3, "bias"), len(shape(operation.output)) - 1
+    yield from read(operation, (one, last), (weight, 1))
+    yield from read(operation, (other, last), (weight, 2))
+    yield from same((weight, 0), (operation.output, last))
     if bias is not None:
-        rules.relations.append(same((bias, 0), (operation.output, last)))
+        yield from same((bias, 0), (operation.output, last))
     for source in (one, other):
-        for dim in range(last):
-            rules.relations.append(same((source, dim), (operation.output, dim)))
+        yield from dims_alike(source, operation.output, range(last))
 
 
-def _recur_once(operation: Operation, rules: Rules) -> None:
+def _embedding(operation: Operation) -> Iterator[Saying]:
+    if operation.pick in (None, 0):
+        weight, output = operation.args[0], operation.output
+        yield from same((weight, 1), (output, len(shape(output)) - 1))
+
+
+def _cell(weights_at: int) -> Callable[[Operation], Iterator[Saying]]:
     """One step. Its input weights lose columns; its outputs are computed all or none."""
-    input, at = operation.args[0], _CELLS[operation.target]
-    place = (input, len(shape(input)) - 1)
-    rules.reads.append(Read(operation, place, (operation.args[at], 1), operation.arg(at + 2)))
+
+    def says(operation: Operation) -> Iterator[Saying]:
+        input, weight = operation.args[0], operation.args[weights_at]
+        bias = operation.arg(weights_at + 2)
+        yield from read(operation, (input, len(shape(input)) - 1), (weight, 1), bias)
+
+    return says
 
 
-def _recur(operation: Operation, rules: Rules) -> None:
+def _recurrent(operation: Operation) -> Iterator[Saying]:
     """Its input weights lose columns; its outputs are computed all or none."""
-    input = operation.args[0]
-    weights = operation.args[_RECURRENT[operation.target]]
+    input, weights = operation.args[0], operation.args[2]
     has_biases, layers = operation.args[3], operation.args[4]
     directions = 2 if operation.args[7] else 1
     of_one_direction = len(weights) // (layers * directions)
     for direction in range(directions):  # of the first layer
         first = direction * of_one_direction
         bias = weights[first + 2] if has_biases else None
-        place = (input, len(shape(input)) - 1)
-        rules.reads.append(Read(operation, place, (weights[first], 1), bias))
+        yield from read(operation, (input, len(shape(input)) - 1), (weights[first], 1), bias)
 
 
-def _through(operation: Operation) -> Iterator[Relation]:
-    """Operations that treat some dims entry by entry."""
-    target, output = operation.target, operation.output
-    if not operation.args or not isinstance(operation.args[0], fx.Node):
+def _all_but(mixed: Callable[[Operation, int], Iterable[int]]) -> Callable[[Operation], Any]:
+    """Treats the dims that it does not mix entry by entry; `mixed(operation, rank)` of its input."""
+
+    def says(operation: Operation) -> Iterator[Saying]:
+        if operation.pick not in (None, 0):
+            return
+        input = operation.args[0]
+        rank = len(shape(input))
+        gone = {d % rank for d in mixed(operation, rank)} if rank else set()
+        dims = {d: d for d in range(rank) if d not in gone}
+        if len(shape(operation.output)) < rank:  # they are reduced, not kept with size 1
+            dims = {d: d - sum(g < d for g in gone) for d in dims}
+        yield from dims_alike(input, operation.output, dims)
+
+    return says
+
+
+def _last(count: int) -> Callable[[Operation, int], Iterable[int]]:
+    return lambda operation, rank: range(rank - count, rank)
+
+
+def _dim_argument(position: int) -> Callable[[Operation, int], Iterable[int]]:
+    return lambda operation, rank: [operation.arg(position, "dim", -1)]
+
+
+def _normalised(operation: Operation, rank: int) -> Iterable[int]:
+    return range(rank - len(operation.args[1]), rank)
+
+
+def _dims_argument(position: int) -> Callable[[Operation, int], Iterable[int]]:
+    """None or none at all: all dims."""
+
+    def mixed(operation: Operation, rank: int) -> Iterable[int]:
+        given: Any = operation.arg(position, "dim")
+        return [given] if isinstance(given, int) else given or range(rank)
+
+    return mixed
+
+
+def _summing(dims_at: int) -> Callable[[Operation], Iterator[Saying]]:
+    """Features that are added up as they are, or by their magnitude: zeros add nothing."""
+    mixed = _dims_argument(dims_at)
+
+    def says(operation: Operation) -> Iterator[Saying]:
+        yield from _all_but(mixed)(operation)
+        order = operation.arg(1, "ord", 2)
+        if operation.target is aten.linalg_vector_norm.default and not 0 < order < float("inf"):
+            return
+        rank = len(shape(operation.args[0]))
+        for dim in sorted({d % rank for d in mixed(operation, rank)} if rank else ()):
+            yield from read(operation, (operation.args[0], dim))
+
+    return says
+
+
+def _channelwise(operation: Operation) -> Iterator[Saying]:
+    """Parameters and statistics lie along dim 1."""
+    if operation.pick not in (None, 0) or len(shape(operation.args[0])) < 2:
         return
-    input = operation.args[0]
+    yield from dims_alike(operation.args[0], operation.output, [0, 1])
+    for source in operation.sources[1:]:
+        if len(shape(source)) == 1:
+            yield from same((source, 0), (operation.output, 1))
+
+
+def _weight_norm(operation: Operation) -> Iterator[Saying]:
+    if operation.arg(2, "dim", 0) == 0:
+        for source in operation.args[:2]:
+            yield from same((source, 0), (operation.output, 0))
+
+
+def _attention(operation: Operation) -> Iterator[Saying]:
+    """Over the last two dims; those before are treated entry by entry, heads among them."""
+    for source in operation.sources:
+        shift = len(shape(operation.output)) - len(shape(source))
+        dims = range(len(shape(source)) - 2)
+        yield from dims_alike(source, operation.output, {d: d + shift for d in dims})
+
+
+def _glu(operation: Operation) -> Iterator[Saying]:
+    input, output = operation.args[0], operation.output
     rank = len(shape(input))
-    dims: dict[int, int] = {}  # of the input, and where they are in the output
-    if target in _CHANNELWISE:
-        dims = {0: 0, 1: 1} if rank > 1 else {}
-    elif target in _MIXING_LAST:
-        dims = {d: d for d in range(rank - _MIXING_LAST[target])}
-    elif target in _NORMALISING:
-        dims = {d: d for d in range(rank - len(operation.args[1]))}
-    elif target in _ALONG_ONE_DIM:
-        dims = {d: d for d in range(rank) if d != operation.args[1] % rank}
-    elif target is aten.group_norm.default:
-        dims = {0: 0}
-    elif target is aten.glu.default:
-        along = operation.arg(1, -1) % rank
-        dims = {d: d for d in range(rank) if d != along}
-        half = shape(output)[along]
+    along = operation.arg(1, "dim", -1) % rank
+    yield from dims_alike(input, output, [d for d in range(rank) if d != along])
+    half = count_of((output, along))
+    if half is not None:
         halves = torch.arange(2 * half) % half
         yield related((input, along), (output, along), halves, torch.arange(half))
-    elif target is aten.cosine_similarity.default:
-        other = operation.args[1]
-        if shape(input) != shape(other):
-            return
-        along = operation.arg(2, 1) % rank
-        yield same((input, along), (other, along))
-        for dim in range(rank):
-            if dim != along:
-                yield same((input, dim), (output, dim - (dim > along)))
-                yield same((other, dim), (output, dim - (dim > along)))
-    elif target is aten._weight_norm.default and operation.arg(2, 0) == 0:
-        dims = {0: 0}
-        yield same((operation.args[1], 0), (output, 0))
-    elif target in _REDUCING or target in _SUMMING:
-        reduced = _reduced(operation)
-        if rank - len(reduced) == len(shape(output)):
-            dims = {d: d - sum(r < d for r in reduced) for d in range(rank) if d not in reduced}
-        else:
-            dims = {d: d for d in range(rank) if d not in reduced}
-    for dim, out_dim in dims.items():
-        yield same((input, dim), (output, out_dim))
-    if target in _CHANNELWISE and rank > 1:
-        for source in operation.sources[1:]:
-            if shape(source) == (shape(output)[1],):
-                yield same((source, 0), (output, 1))
-    if target is aten.scaled_dot_product_attention.default:
-        for source in operation.sources[1:]:
-            missing = len(shape(output)) - len(shape(source))
-            for dim in range(len(shape(source)) - 2):
-                if shape(source)[dim] == shape(output)[dim + missing]:
-                    yield same((source, dim), (output, dim + missing))
 
 
-def _reduced(operation: Operation) -> set[int]:
-    """The dims of its input that it reduces."""
-    rank = len(shape(operation.args[0]))
-    given: Any = operation.arg(_SUMMING.get(operation.target, 1))
-    dims = {given} if isinstance(given, int) else set(given or range(rank))
-    return {d % rank for d in dims}
+def _cosine_similarity(operation: Operation) -> Iterator[Saying]:
+    input, other = operation.args[:2]
+    if shape(input) != shape(other):
+        return
+    rank = len(shape(input))
+    along = operation.arg(2, "dim", 1) % rank
+    yield from same((input, along), (other, along))
+    for source in dict.fromkeys((input, other)):
+        yield from read(operation, (source, along))
+        dims = {d: d - (d > along) for d in range(rank) if d != along}
+        yield from dims_alike(source, operation.output, dims)
 
 
-def _sums(operation: Operation) -> Iterator[Read]:
-    """Features that are added up as they are, or by their magnitude."""
-    if operation.target in _SUMMING:
-        is_norm = operation.target is aten.linalg_vector_norm.default
-        if not is_norm or 0 < operation.arg(1, 2) < float("inf"):
-            for dim in _reduced(operation):
-                yield Read(operation, (operation.args[0], dim))
-    elif operation.target is aten.cosine_similarity.default:
-        for source in operation.sources:
-            yield Read(operation, (source, operation.arg(2, 1) % len(shape(source))))
+def _nothing(operation: Operation) -> Iterator[Saying]:
+    return iter(())
 
 
-def belongs_to_attention(graph: Graph, node: fx.Node) -> bool:
+# ------------------------------------------------------------------ what constants add to outputs
+
+
+def _as_they_are(operation: Operation, sums: Tensor) -> Tensor | None:
+    return sums if sums.ndim == 1 else None
+
+
+def _over_the_kernel(operation: Operation, sums: Tensor) -> Tensor | None:
+    """Of a convolution, (out, *kernel): the same everywhere only where no window meets a border."""
+    padding = operation.arg(4, "padding", 0)
+    unpadded = padding == "valid" or not any(padding if isinstance(padding, list) else [padding])
+    return sums.flatten(1).sum(1) if unpadded or sums.ndim == 1 else None
+
+
+def _at_each_place_of_the_kernel(operation: Operation, sums: Tensor) -> Tensor | None:
+    """Of a transposed convolution, (out, *kernel): each output comes from one place of the kernel.
+
+    Only where the windows neither overlap nor leave gaps, and all places of the kernel are alike.
+    """
+    kernel = list(sums.shape[1:])
+
+    def given(position: int, name: str, default: int) -> list[int]:
+        value = operation.arg(position, name, default)
+        value = list(value) if isinstance(value, list | tuple) else [value]
+        return value * len(kernel) if len(value) == 1 else value
+
+    zeros, ones = [0] * len(kernel), [1] * len(kernel)
+    apart = (
+        given(3, "stride", 1) == kernel
+        and given(4, "padding", 0) == zeros
+        and given(5, "output_padding", 0) == zeros
+        and given(7, "dilation", 1) == ones
+    )
+    places = sums.flatten(1)
+    alike = torch.allclose(places, places[:, :1].expand_as(places), rtol=1e-12, atol=1e-14)
+    return places[:, 0] if apart and alike else None
+
+
+# --------------------------------------------------------------------------------- of constants
+
+
+def _of_grouped_convolution(operation: Operation, dim: int, facts: Any) -> Any:
+    """Zeros make the bias; at padded borders too."""
+    bias = operation.arg(2, "bias")
+    if operation.arg(6, "groups", 1) == 1 or dim != 1:
+        return None
+    known = zeros_from_related(operation, dim, facts)
+    if known is None or bias is None:
+        return known
+    of_bias = facts.at((bias, 0))
+    return type(known).of(known.mask & of_bias.mask, of_bias.value.masked_fill(~known.mask, 0))
+
+
+def _unpadded(padding_at: int) -> Transfer:
+    """A mean over windows: of what is at the border too, only if there is none."""
+
+    def transfer(operation: Operation, dim: int, facts: Any) -> Any:
+        padding = operation.arg(padding_at, "padding", 0)
+        ceil_mode = operation.arg(padding_at + 1, "ceil_mode", False)
+        divisor = operation.arg(padding_at + 3, "divisor_override")
+        plain = not any(padding if isinstance(padding, list | tuple) else [padding])
+        of_all = plain and not ceil_mode and divisor is None
+        return (from_related if of_all else zeros_from_related)(operation, dim, facts)
+
+    return transfer
+
+
+def _of_statistics(operation: Operation, dim: int, facts: Any) -> Any:
+    """Instance normalisation, each channel by its own mean and variance: its bias is left."""
+    if operation.arg(5, "use_input_stats", True) is not True:
+        return of_channels(operation, dim, facts)
+    known = facts.at((operation.args[0], dim)) if dim == 1 else None
+    bias = operation.arg(2, "bias")
+    if known is None:
+        return None
+    if bias is None:
+        return type(known).of(known.mask, torch.zeros_like(known.value))
+    of_bias = facts.at((bias, 0))
+    return type(known).of(known.mask & of_bias.mask, of_bias.value)
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+def _each(operations: Iterable[Any], rule: Rule) -> dict[Any, Rule]:
+    return dict.fromkeys(operations, rule)
+
+
+def _takes(taken: Callable[[Operation], dict[int, Taken]], **options: Any) -> Rule:
+    return Rule(moving.take(taken), options.pop("constants", from_related), takes=taken, **options)
+
+
+ELEMENTWISE = Rule(_elementwise, by_evaluation(), runs_on_nothing=True)
+_VIEW = Rule(moving.reshape, from_related, has_sizes=True)
+_REARRANGED = Rule(moving.rearrange, from_related)
+_CONVOLUTION = Rule(_convolution(transposed=False), _of_grouped_convolution, _over_the_kernel)
+_TRANSPOSED = Rule(
+    _convolution(transposed=True), _of_grouped_convolution, _at_each_place_of_the_kernel
+)
+_CELL = Rule(_cell(weights_at=2), fold=_as_they_are)
+
+RULES: dict[Any, Rule] = {
+    LAYER: Rule(_nothing, from_related, runs_on_nothing=True),  # its k says the rest: `Sayings`
+    # Elementwise, with something more to say, or without torch's tag in one of its versions.
+    aten.mul.Tensor: Rule(_elementwise, by_evaluation(0, 1), runs_on_nothing=True),
+    aten.multiply.Tensor: Rule(_elementwise, by_evaluation(0, 1), runs_on_nothing=True),
+    aten.div.Tensor: Rule(_elementwise, by_evaluation(0), runs_on_nothing=True),
+    aten.divide.Tensor: Rule(_elementwise, by_evaluation(0), runs_on_nothing=True),
+    aten.true_divide.Tensor: Rule(_elementwise, by_evaluation(0), runs_on_nothing=True),
+    aten.where.self: Rule(_elementwise, by_choice(1, 2), runs_on_nothing=True),
+    aten.masked_fill.Scalar: Rule(_elementwise, by_choice(0, 2), runs_on_nothing=True),
+    aten.masked_fill.Tensor: Rule(_elementwise, by_choice(0, 2), runs_on_nothing=True),
+    aten.dropout.default: Rule(_in_eval(training_at=2), by_evaluation(), runs_on_nothing=True),
+    aten.feature_dropout.default: Rule(_in_eval(2), by_evaluation(), runs_on_nothing=True),
+    aten.alpha_dropout.default: Rule(_in_eval(2), by_evaluation(), runs_on_nothing=True),
+    aten.rrelu.default: Rule(_in_eval(training_at=3), by_evaluation(), runs_on_nothing=True),
+    **_each(
+        (
+            *(aten.leaky_relu.default, aten.hardswish.default, aten.log_sigmoid.default),
+            *(aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar),
+            *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device),
+            *(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default),
+            *(aten.lift_fresh_copy.default, aten.type_as.default, aten.to.other),
+            *(aten.subtract.Tensor, aten.absolute.default, aten.negative.default),
+            *(aten.square.default, aten.silu.default, aten.softplus.default),
+        ),
+        ELEMENTWISE,
+    ),
+    **_each(
+        (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default),
+        Rule(_nothing, all_of(0.0), runs_on_nothing=True),
+    ),
+    **_each(
+        (aten.ones_like.default, aten.ones.default, aten.new_ones.default),
+        Rule(_nothing, all_of(1.0), runs_on_nothing=True),
+    ),
+    aten.full.default: Rule(_nothing, all_of_argument(1)),
+    aten.full_like.default: Rule(_nothing, all_of_argument(1)),
+    # Products.
+    aten.linear.default: Rule(_linear, fold=_as_they_are, runs_on_nothing=True),
+    aten.addmm.default: Rule(_product(1, 2, bias_at=0), fold=_as_they_are),
+    **_each(
+        (aten.matmul.default, aten.mm.default, aten.bmm.default),
+        Rule(_product(0, 1), zeros_from_any(0, 1), _as_they_are),
+    ),
+    aten.einsum.default: Rule(_einsum, zeros_from_any_factor),
+    aten.bilinear.default: Rule(_bilinear),
+    **_each(
+        (
+            getattr(getattr(aten, f"conv{d}d"), how)
+            for d in (1, 2, 3)
+            for how in ("default", "padding")
+        ),
+        _CONVOLUTION,
+    ),
+    **_each(
+        (
+            aten.conv_transpose1d.default,
+            aten.conv_transpose2d.input,
+            aten.conv_transpose3d.input,
+        ),
+        _TRANSPOSED,
+    ),
+    **_each(
+        (
+            aten.embedding.default,
+            aten.embedding_bag.default,
+            aten.embedding_bag.padding_idx,
+            aten._embedding_bag.default,
+            aten._embedding_bag_forward_only.default,
+        ),
+        Rule(_embedding),
+    ),
+    **_each(
+        (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input),
+        Rule(_recurrent, fold=_as_they_are),
+    ),
+    **_each(
+        (
+            aten.lstm_cell.default,
+            aten.gru_cell.default,
+            aten.rnn_tanh_cell.default,
+            aten.rnn_relu_cell.default,
+        ),
+        _CELL,
+    ),
+    aten.scaled_dot_product_attention.default: Rule(_attention, zeros_from_any(2)),
+    # What only moves entries.
+    **_each(
+        (
+            *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
+            aten.unflatten.int,
+        ),
+        _VIEW,
+    ),
+    aten.flatten.using_ints: Rule(moving.reshape, from_related),
+    **_each(
+        (
+            *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int),
+            *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
+            *(aten.numpy_T.default, aten.mT.default, aten.swapaxes.default, aten.movedim.intlist),
+        ),
+        _REARRANGED,
+    ),
+    aten.select.int: Rule(moving.take_away(1), from_related),
+    aten.unbind.int: Rule(moving.take_away(1), from_related),
+    aten.expand.default: Rule(moving.expand, from_related, has_sizes=True),
+    aten.cat.default: Rule(moving.concatenate, from_related),
+    aten.stack.default: Rule(moving.stack, from_related),
+    aten.slice.Tensor: _takes(moving.by_slice),
+    aten.narrow.default: _takes(moving.by_narrow),
+    aten.split.Tensor: _takes(moving.by_split, has_sizes=True),
+    aten.split_with_sizes.default: _takes(moving.by_split_with_sizes, has_sizes=True),
+    aten.chunk.default: _takes(moving.by_chunk),
+    aten.index_select.default: _takes(moving.by_index),
+    aten.roll.default: _takes(moving.by_roll),
+    aten.flip.default: _takes(moving.by_flip),
+    aten.channel_shuffle.default: _takes(moving.by_channel_shuffle),
+    aten.repeat.default: _takes(moving.by_repeat),
+    aten.repeat_interleave.self_int: _takes(moving.by_repeat_interleave),
+    aten.constant_pad_nd.default: _takes(moving.by_constant_pad, constants=padded(2)),
+    aten.pad.default: _takes(moving.by_pad, constants=padded(3)),
+    **_each(
+        (aten.pixel_shuffle.default, aten.pixel_unshuffle.default),
+        Rule(moving.shuffle_pixels, from_related),
+    ),
+    # What mixes some dims, and treats the others entry by entry.
+    **_each(
+        (
+            *(getattr(aten, f"upsample_nearest{d}d").vec for d in (1, 2, 3)),
+            *(getattr(aten, f"_upsample_nearest_exact{d}d").vec for d in (1, 2, 3)),
+            *(aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec),
+            *(aten.upsample_bicubic2d.vec, aten.upsample_trilinear3d.vec),
+        ),
+        Rule(_all_but(lambda operation, rank: range(2, rank)), from_related),
+    ),
+    **{
+        getattr(aten, f"{name}{d}d").default: Rule(_all_but(_last(d)), from_related)
+        for d in (1, 2, 3)
+        for name in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool")
+    },
+    aten.max_pool1d_with_indices.default: Rule(_all_but(_last(1)), from_related),
+    aten.max_pool2d_with_indices.default: Rule(_all_but(_last(2)), from_related),
+    aten.max_pool3d_with_indices.default: Rule(_all_but(_last(3)), from_related),
+    aten._adaptive_avg_pool2d.default: Rule(_all_but(_last(2)), from_related),
+    aten._adaptive_avg_pool3d.default: Rule(_all_but(_last(3)), from_related),
+    **{
+        getattr(aten, f"avg_pool{d}d").default: Rule(_all_but(_last(d)), _unpadded(3))
+        for d in (1, 2, 3)
+    },
+    **_each((aten.layer_norm.default, aten.rms_norm.default), Rule(_all_but(_normalised))),
+    aten.group_norm.default: Rule(_all_but(lambda operation, rank: range(1, rank))),
+    **_each(
+        (aten.mean.dim, aten.amax.default, aten.amin.default),
+        Rule(_all_but(_dims_argument(1)), from_related),
+    ),
+    **_each(
+        (aten.var.correction, aten.logsumexp.default, aten.mean.default),
+        Rule(_all_but(_dims_argument(1))),
+    ),
+    aten.prod.dim_int: Rule(_all_but(_dims_argument(1)), zeros_from_related),
+    aten.sum.default: Rule(_summing(1), zeros_from_related),
+    aten.sum.dim_IntList: Rule(_summing(1), zeros_from_related),
+    aten.linalg_vector_norm.default: Rule(_summing(2), zeros_from_related),
+    **_each(
+        (
+            *(aten.softmax.int, aten._softmax.default),
+            *(aten.log_softmax.int, aten._log_softmax.default),
+        ),
+        Rule(_all_but(_dim_argument(1))),
+    ),
+    aten.cumsum.default: Rule(_all_but(_dim_argument(1)), zeros_from_related),
+    aten.glu.default: Rule(_glu, of_halves),
+    aten.cosine_similarity.default: Rule(_cosine_similarity),
+    **_each(
+        (
+            aten._native_batch_norm_legit_no_training.default,
+            aten.batch_norm.default,
+            aten.prelu.default,
+            aten._prelu_kernel.default,
+        ),
+        Rule(_channelwise, of_channels),
+    ),
+    aten.instance_norm.default: Rule(_channelwise, _of_statistics),
+    aten._weight_norm.default: Rule(_weight_norm),
+}
+
+
+def belongs_to_attention(flow: Dataflow, node: fx.Node) -> bool:
     """Whether it is a tensor of `nn.MultiheadAttention`, whose code wants all of one size."""
-    for name in graph.names.get(node, []):
+    for name in flow.names.get(node, []):
         owner, _, attribute = name.rpartition(".")
-        if isinstance(graph.model.get_submodule(owner), nn.MultiheadAttention):
+        if isinstance(flow.model.get_submodule(owner), nn.MultiheadAttention):
             return attribute not in ("k_proj_weight", "v_proj_weight")
     return False

@@ -1,5 +1,6 @@
 """The layer."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -7,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_k, largest_k
-from ..functional.dropout import tail_dropout_with_k
-from ..functional.prefix import keep_prefix_of_samples
-from ..lengths import Lengths, check_p
+from ..draws import Draw, draw_uniforms, inverse_cdf
+from ..functional.checks import (
+    align_samples,
+    as_dims,
+    check_droppable,
+    resolve_dim,
+    resolve_dims,
+    spread,
+)
+from ..functional.prefix import zero_tail
+from ..lengths import Exponential, Lengths, check_lengths, lengths_or_exponential
+from .settings import SetK, SetWidth, width_or_k
 
 
 class TailDropout(nn.Module):
@@ -23,6 +32,7 @@ class TailDropout(nn.Module):
     | `set_k(k)`, in either mode | the first k features |
     | `set_k(None)`, `train()`, `eval()` | clears k |
     | `with layer.using_k(k):` | k inside, whatever was set before outside |
+    | `with layer.using_width(w):` | k = ceil(w * n) inside, also across `train()` and `eval()` |
 
     Nothing is rescaled in any state. The API is that of `nn.Dropout`, and like it the layer has
     no parameters and an empty state dict, so a checkpoint moves between the two unchanged.
@@ -71,47 +81,38 @@ class TailDropout(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        if lengths is not None and not hasattr(lengths, "pmf"):
-            raise TypeError(
-                f"lengths must have a pmf(n), as lengths.Uniform() has, got {lengths!r}"
-            )
-        self.p = p
-        self.batch_dim: int | tuple[int, ...] = (
-            batch_dim if isinstance(batch_dim, int) else tuple(batch_dim)
-        )
-        self.dropout_dim = dropout_dim
-        for dim in (dropout_dim, *([batch_dim] if isinstance(batch_dim, int) else batch_dim)):
-            if not isinstance(dim, int):
-                raise TypeError(
-                    "batch_dim must be an int or a sequence of ints, and dropout_dim an int, got "
-                    f"batch_dim={batch_dim!r} and dropout_dim={dropout_dim!r}"
-                )
-        self.lengths = lengths
-        self.stratified = stratified
-        self.inplace = inplace
-        self.set_k(None)
-        if dropout_dim in ([batch_dim] if isinstance(batch_dim, int) else batch_dim):
+        dims = as_dims(batch_dim)
+        if not isinstance(dropout_dim, int):
+            raise TypeError(f"dropout_dim must be an int, got {dropout_dim!r}")
+        if dropout_dim in dims:
             raise ValueError(
                 "batch_dim and dropout_dim must be different dims, got "
                 f"batch_dim={batch_dim} and dropout_dim={dropout_dim}"
             )
+        self.p = p
+        self.batch_dim: int | tuple[int, ...] = batch_dim if isinstance(batch_dim, int) else dims
+        self.dropout_dim = dropout_dim
+        self.lengths = None if lengths is None else check_lengths(lengths)
+        self.stratified = stratified
+        self.inplace = inplace
+        self._k: SetK | None = None
+        self._width: SetWidth | SetK | None = None
 
     @property
     def p(self) -> float:
         """Expected fraction of features dropped."""
-        return self._p
+        return self._exponential.p
 
     @p.setter
     def p(self, p: float) -> None:
-        self._p = check_p(p)
-        # The compiler specialises on numbers but not on the values of tensors: p and k stand
-        # in tensors too, so that changing them does not recompile.
-        self._p_tensor = torch.tensor(self._p, dtype=torch.float64, device="cpu")
+        self._exponential = Exponential(p)
+        # The compiler specialises on numbers but not on the values of tensors.
+        self._p_tensor = torch.tensor(self.p, dtype=torch.float64, device="cpu")
 
     @property
     def k(self) -> int | Tensor | None:
         """The k that is set, or None."""
-        return self._k
+        return None if self._k is None else self._k.value
 
     def set_k(self, k: int | Tensor | None) -> None:
         """Keep exactly the first k features from now on, in training and in eval.
@@ -126,10 +127,7 @@ class TailDropout(nn.Module):
                 shape does not fit, raise in the call, where the input is known.)
             TypeError: k is not an integer.
         """
-        k = None if k is None else check_k(k)
-        self._largest_k = 0 if k is None else largest_k(k)
-        self._k = k
-        self._k_tensor = torch.tensor(k, device="cpu") if isinstance(k, int) else k
+        self._k = None if k is None else SetK.of(k)
 
     @contextmanager
     def using_k(self, k: int | Tensor | None) -> Iterator["TailDropout"]:
@@ -148,32 +146,82 @@ class TailDropout(nn.Module):
         try:
             yield self
         finally:
-            self.set_k(before)
+            self._k = before
+
+    @contextmanager
+    def using_width(self, w: float | None) -> Iterator["TailDropout"]:
+        """A width inside the with block: of n features the first k = ceil(w * n), in both modes.
+
+        `train()` and `eval()` inside leave it in force, so it holds in whatever they are called
+        by. A k that was set outside is hidden; one that is set inside is in force until it is
+        cleared. Outside all is as before.
+
+        Args:
+            w: the fraction of the features to keep, a float in [0, 1]; or an int, which is k; or
+                None: inside no width is in force, whatever was set outside.
+
+        Raises:
+            ValueError: a float outside [0, 1], a negative int; in a call, an int above n.
+            TypeError: `w` is no number.
+
+        Example:
+            >>> layer = TailDropout()
+            >>> with layer.using_width(0.5):
+            ...     layer.eval()(torch.ones(1, 4))
+            tensor([[1., 1., 0., 0.]])
+        """
+        width = None if w is None else width_or_k(w)
+        before = self._k, self._width
+        self._k, self._width = None, width
+        try:
+            yield self
+        finally:
+            self._k, self._width = before
 
     def forward(self, input: Tensor) -> Tensor:
-        compiled = torch.compiler.is_dynamo_compiling()
-        k = self._k_tensor if compiled else self._k
-        if k is not None:
-            return keep_prefix_of_samples(
-                input,
-                k,
-                self.batch_dim,
-                self.dropout_dim,
-                largest_k=self._largest_k,
-                inplace=self.inplace,
-            )
+        k = self.k_for(input)
+        return input if k is None else zero_tail(input, k, self.dropout_dim, self.inplace)
+
+    def k_for(self, input: Tensor) -> int | Tensor | None:
+        """Which k a call has: an int, a tensor that broadcasts against the input, or None.
+
+        What is set, by the innermost of `set_k`, `using_k` and `using_width`; else in training a
+        draw; else None, and everything passes.
+        """
+        in_force = self._in_force
+        if in_force is not None:
+            n = input.shape[resolve_dim(input, self.dropout_dim, "dropout_dim")]
+            k = in_force.for_features(n)
+            return align_samples(k, input, self.batch_dim, self.dropout_dim)
         if not self.training:
-            return input
-        output, self.drawn_k = tail_dropout_with_k(
-            input,
-            self._p_tensor if compiled else self._p,
-            self.batch_dim,
-            self.dropout_dim,
-            lengths=self.lengths,
-            stratified=self.stratified,
-            inplace=self.inplace,
-        )
-        return output
+            return None
+        check_droppable(input)
+        batch_dims, dim = resolve_dims(input, self.batch_dim, self.dropout_dim)
+        samples = [input.shape[d] for d in batch_dims]
+        draw = self.draw(math.prod(samples), input.device)
+        k = draw.by_sample(inverse_cdf(self._lengths_for_call(), input.shape[dim], draw))
+        self.drawn_k = k if len(samples) == 1 else k.view(samples)
+        return spread(self.drawn_k, input, batch_dims)
+
+    def set_k_for(self, n: int) -> int | Tensor | None:
+        """The k that is set, for n features; None where it is drawn or everything passes."""
+        in_force = self._in_force
+        return None if in_force is None else in_force.for_features(n)
+
+    def draw(self, count: int, device: torch.device) -> Draw:
+        """A uniform number for each of the samples of a call."""
+        return draw_uniforms(count, stratified=self.stratified, device=device)
+
+    @property
+    def _in_force(self) -> SetK | SetWidth | None:
+        return self._width if self._k is None else self._k
+
+    def _lengths_for_call(self) -> Lengths:
+        if self.lengths is not None:
+            return self.lengths
+        if torch.compiler.is_dynamo_compiling():
+            return lengths_or_exponential(None, self._p_tensor)
+        return self._exponential
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "drawn_k"}
@@ -188,7 +236,8 @@ class TailDropout(nn.Module):
         parts += [f"batch_dim={self.batch_dim}", f"dropout_dim={self.dropout_dim}"]
         parts += ["stratified=False"] if not self.stratified else []
         parts += ["inplace=True"] if self.inplace else []
-        parts += [f"k={self._k}"] if self._k is not None else []
+        parts += [f"using_width={self._width.value}"] if self._width is not None else []
+        parts += [f"k={self.k}"] if self._k is not None else []
         return ", ".join(parts)
 
     def _load_from_state_dict(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_k_at_most
-from ..functional.mlp import tail_mlp_with_k
-from ..lengths import Lengths
+from ..functional.checks import count_samples
+from ..functional.mlp import tail_mlp_of_draw
+from ..lengths import Lengths, lengths_or_exponential
 from .dropout import TailDropout
 
 
@@ -20,7 +20,7 @@ class TailMLP(nn.Module):
     |---|---|
     | `train()` | a fresh k for each index of `batch_dim`; of both matrix products, forward and backward, only about the fraction 1 - p that reaches the output |
     | `eval()` | the plain two-layer network |
-    | `set_k(k)`, in either mode | for an int, only the first k hidden features |
+    | `set_k(k)` or `using_width(w)`, in either mode | for one k, only the first k hidden features |
 
     Outputs and gradients are those of `nn.Sequential(fc1, activation, TailDropout(p), fc2)`, with
     the same random state too. The state dict holds `fc1.*` and `fc2.*`. The layer's TailDropout
@@ -146,29 +146,36 @@ class TailMLP(nn.Module):
         with self.dropout.using_k(k):
             yield self
 
+    @contextmanager
+    def using_width(self, w: float | None) -> Iterator["TailMLP"]:
+        """As `TailDropout.using_width`."""
+        with self.dropout.using_width(w):
+            yield self
+
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.dropout._k_tensor is None:
-            drawn, self.dropout.drawn_k = tail_mlp_with_k(
+        k = self.dropout.set_k_for(self.fc1.out_features)
+        if self.training and k is None:
+            count = count_samples(input, self.dropout.batch_dim, -1)
+            output, self.dropout.drawn_k = tail_mlp_of_draw(
                 input,
                 self.fc1.weight,
                 self.fc1.bias,
                 self.fc2.weight,
                 self.fc2.bias,
-                self.dropout.p,
                 self.dropout.batch_dim,
                 activation=self.activation,
-                lengths=self.dropout.lengths,
+                lengths=lengths_or_exponential(self.dropout.lengths, self.dropout.p),
+                draw=self.dropout.draw(count, input.device),
                 blocks=self.blocks,
             )
-            return drawn
+            return output
         # The compiler would specialise on k: it masks instead.
-        if not torch.compiler.is_compiling() and isinstance(k := self.dropout.k, int):
-            check_k_at_most(k, self.fc1.out_features)
+        if isinstance(k, int) and not torch.compiler.is_compiling():
             bias = None if self.fc1.bias is None else self.fc1.bias[:k]
             hidden = self.activation(nn.functional.linear(input, self.fc1.weight[:k], bias))
             return nn.functional.linear(hidden, self.fc2.weight[:, :k], self.fc2.bias)
-        output: Tensor = self.fc2(self.dropout(self.activation(self.fc1(input))))
-        return output
+        masked: Tensor = self.fc2(self.dropout(self.activation(self.fc1(input))))
+        return masked
 
     def extra_repr(self) -> str:
         return "" if self.blocks is None else f"blocks={self.blocks}"

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..functional import keep_prefix, prefix_linear
 from ..layers import TailDropout
-from ..models.inputs import Inputs, call
+from ..models.hooks import hooked
+from ..models.inputs import Inputs, call, tensors_of
 
 # More at once is slower: a chunk's activations no longer fit into the cache of a CPU, or anything
 # much larger than a GPU needs to be busy.
@@ -58,8 +59,8 @@ class FanOut:
             raise FanOutError(str(error)) from error
         if self.batch < 2 or len(ks) < 2:
             return
-        self.target_dims = [self._batch_dim_of(leaf) for leaf in _tensors(target)]
-        self.bytes_of_target = sum(leaf.nbytes for leaf in _tensors(target))
+        self.target_dims = [self._batch_dim_of(leaf) for leaf in tensors_of(target)]
+        self.bytes_of_target = sum(leaf.nbytes for leaf in tensors_of(target))
         self.samples_looked_at = self.batch
         try:
             self._try(inputs, target, ks, expected)
@@ -83,7 +84,8 @@ class FanOut:
 
     def _in_chunks(self, inputs: Inputs, target: Any, ks: list[int], size: int) -> Tensor:
         losses = []
-        with _RunOnce(self.model, self.layer) as run_once:
+        run_once = _RunOnce(self.model, self.layer)
+        with run_once.in_force():
             for start in range(0, len(ks), size):
                 run_once.start_again()
                 losses.append(self._losses_at_once(inputs, target, ks[start : start + size]))
@@ -129,17 +131,11 @@ class FanOut:
             return outputs.movedim(0, dim).flatten(dim, dim + 1)
 
         if self.linear is None:
-            handles = [self.layer.register_forward_hook(fan_out)]
+            hooks: dict[nn.Module, Callable[..., Any]] = {self.layer: fan_out}
         else:
-            handles = [
-                self.layer.register_forward_hook(pass_on),
-                self.linear.register_forward_hook(fan_out_prefixes),
-            ]
-        try:
+            hooks = {self.layer: pass_on, self.linear: fan_out_prefixes}
+        with hooked(hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _look(self, inputs: Inputs) -> None:
         """Which Linear reads the layer, and how large what comes behind the layer is."""
@@ -156,20 +152,15 @@ class FanOut:
             if passed:
                 if args and args[0] is passed[-1]:
                     readers.append(module)
-                self.bytes_behind += sum(tensor.nbytes for tensor in _tensors(output))
+                self.bytes_behind += sum(tensor.nbytes for tensor in tensors_of(output))
 
         leaves = [
             module
             for module in self.model.modules()
             if module is not self.layer and not list(module.children())
         ]
-        handles = [self.layer.register_forward_hook(mark)]
-        handles += [module.register_forward_hook(look) for module in leaves]
-        try:
+        with hooked({self.layer: mark, **dict.fromkeys(leaves, look)}):
             call(self.model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         last = self.layer.dropout_dim in (-1, passed[-1].ndim - 1)
         if len(readers) == 1 and type(readers[0]) is nn.Linear and len(passed) == 1 and last:
             self.linear = readers[0]
@@ -202,7 +193,7 @@ class FanOut:
 
 
 class _RunOnce:
-    """While entered, modules that return before the layer is reached run in the first pass only.
+    """In force, modules that return before the layer is reached run in the first pass only.
 
     Later passes, each begun by `start_again`, get what they returned then.
     """
@@ -218,23 +209,23 @@ class _RunOnce:
     def start_again(self) -> None:
         self.calls = dict.fromkeys(self.modules, 0)
 
-    def __enter__(self) -> "_RunOnce":
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
         def reach(module: nn.Module, args: Any) -> None:
             self.reached = True
 
-        self.handle = self.layer.register_forward_pre_hook(reach)
-        self.forwards = {m: vars(m).get("forward") for m in self.modules}
-        for module in self.modules:
-            module.forward = self._once(module, module.forward)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.handle.remove()
-        for module, own in self.forwards.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+        forwards = {module: vars(module).get("forward") for module in self.modules}
+        with hooked({self.layer: reach}, before=True):
+            for module in self.modules:
+                module.forward = self._once(module, module.forward)
+            try:
+                yield
+            finally:
+                for module, own in forwards.items():
+                    if own is None:
+                        del module.forward
+                    else:
+                        module.forward = own
 
     def _once(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call_once(*args: Any, **kwargs: Any) -> Any:
@@ -253,7 +244,3 @@ class _RunOnce:
             return output
 
         return call_once
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

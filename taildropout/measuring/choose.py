@@ -5,20 +5,38 @@ difference of their losses has a far smaller standard error than either loss.
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .curve import Scree
+from ..models.width import Choice
 
 _SIMULATIONS = 20_000
+_AT_ONCE = 2**16  # errors, which fit the cache of a CPU
 
 
-def choose(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) -> int:
+class Curve(Protocol):
+    """What is read of a `Scree`."""
+
+    @property
+    def layer(self) -> str: ...
+    @property
+    def ks(self) -> list[int]: ...
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def stderr(self) -> Tensor: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def cov(self) -> Tensor: ...
+
+
+def choose(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> Choice:
     """The smallest k that surely loses at most a fraction `tolerance` against the full width.
 
     With L_k the expected loss at k, n the largest measured k, and d_k = L_k - L_n, it is the
@@ -34,6 +52,10 @@ def choose(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) ->
         tolerance: accepted increase of the loss, as a fraction of |L_n|.
         confidence: probability that the choice keeps the tolerance, in (0, 1).
 
+    Returns:
+        The k, an int that also carries the name of its layer: `prune`, `plan_pruning` and
+        `at_width` take it for a model with several layers too.
+
     Raises:
         ValueError: one sample, losses that are NaN or infinite, a negative tolerance, a
             confidence outside (0, 1).
@@ -48,11 +70,11 @@ def choose(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) ->
         >>> choose(s, tolerance=0.1)
         2
     """
-    bounds = _upper_bounds(scree, tolerance, confidence)
-    return _smallest(scree, bounds)
+    _check(scree, tolerance, confidence)
+    return _smallest(scree, _Errors.simulated(scree).bounds(tolerance, confidence))
 
 
-def explain(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) -> str:
+def explain(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> str:
     """What `choose` answers and why, and what it would take to go one k further down.
 
     Args and errors as in `choose`. The number of samples is what would do if the measured losses
@@ -66,7 +88,9 @@ def explain(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) -
         k = 3 of 3: nothing smaller can be vouched for with 95% confidence from 100 samples.
         k = 2 measures +8.0%, but may be up to +17.8% where +10.0% is allowed: it would take about 2,400 samples or a tolerance of 19%.
     """
-    bounds = _upper_bounds(scree, tolerance, confidence)
+    _check(scree, tolerance, confidence)
+    errors = _Errors.simulated(scree)
+    bounds = errors.bounds(tolerance, confidence)
     chosen, full = _smallest(scree, bounds), float(scree.loss[-1])
     i, n = scree.ks.index(chosen), scree.ks[-1]
     samples = f"with {100 * confidence:.6g}% confidence from {scree.count:,} samples"
@@ -89,24 +113,27 @@ def explain(scree: "Scree", tolerance: float = 0.01, confidence: float = 0.95) -
         advice.append(f"about {needed:,} samples")
     else:
         text += f", where {allowed} is allowed"
-    sufficient = _sufficient_tolerance(scree, confidence, measured, chosen)
+    sufficient = _sufficient_tolerance(errors, confidence, measured, chosen)
     if sufficient is not None:
         advice.append(f"a tolerance of {sufficient}%")
     return text + (f": it would take {' or '.join(advice)}." if advice else ".")
 
 
 def _sufficient_tolerance(
-    scree: "Scree", confidence: float, measured: float, chosen: int
+    errors: "_Errors", confidence: float, measured: float, chosen: int
 ) -> int | None:
     """The smallest whole percent at which a smaller k is chosen, up to three times the loss."""
-    full = abs(float(scree.loss[-1]))
+    full = abs(float(errors.scree.loss[-1]))
     if full == 0:
         return None
-    for percent in range(max(math.ceil(100 * measured / full), 0), 301):
-        bounds = _upper_bounds(scree, percent / 100, confidence)
-        if _smallest(scree, bounds) < chosen:
-            return percent
-    return None
+
+    def suffices(percent: int) -> bool:
+        return _smallest(errors.scree, errors.bounds(percent / 100, confidence)) < chosen
+
+    # Bounds fall as the tolerance grows, unless even the sign of L_n is uncertain.
+    percents = range(max(math.ceil(100 * measured / full), 0), 301)
+    first = bisect_left(percents, True, key=suffices)
+    return percents[first] if first < len(percents) else None
 
 
 def _relative(difference: float, full: float) -> str:
@@ -128,34 +155,67 @@ class _Bounds:
     factor: float  # the bound is excess + factor * stderr
 
 
-def _upper_bounds(scree: "Scree", tolerance: float, confidence: float) -> _Bounds:
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    _check_finite(scree)
-    if scree.count < 2:
-        raise ValueError("choose needs at least two samples, to know how sure it can be, got one")
-    below = len(scree.ks) - 1
-    contrasts = torch.eye(below + 1, dtype=torch.float64)[:below]
-    contrasts[:, -1] = -1 - tolerance * scree.loss[-1].sign()
-    cov = contrasts @ scree.cov.double() @ contrasts.T / scree.count
-    stderr = cov.diagonal().clamp(min=0).sqrt()
-    factor = _quantile_of_maximum(cov, stderr, scree.count - 1, confidence)
-    return _Bounds(contrasts @ scree.loss.double(), stderr, factor)
+@dataclass(frozen=True, eq=False)
+class _Errors:
+    """What the differences d_k of all k below n, and L_n, may be off by.
+
+    Simulated once, for all tolerances: a contrast is off by what d_k is off by, less its part of
+    what L_n is off by.
+    """
+
+    scree: Curve
+    cov: Tensor  # of (d_0, ..., L_n): `(len(ks), len(ks))`
+    draws: Tensor  # of their errors, multivariate t: `(simulations, len(ks))`
+
+    @classmethod
+    def simulated(cls, scree: Curve) -> "_Errors":
+        cov = scree.cov.double() / scree.count
+        cov = torch.cat([cov[:-1] - cov[-1:], cov[-1:]])
+        cov = torch.cat([cov[:, :-1] - cov[:, -1:], cov[:, -1:]], 1)
+        uncertain = cov.diagonal() > 0  # not NaN, for which nothing is vouched anyway
+        scale = cov.diagonal()[uncertain].sqrt()
+        correlation = cov[uncertain][:, uncertain] / scale.outer(scale)
+        values, vectors = torch.linalg.eigh(correlation)
+        root = torch.zeros(len(cov), len(scale), dtype=torch.float64)
+        root[uncertain] = scale[:, None] * vectors * values.clamp(min=0).sqrt()
+        degrees = torch.tensor(scree.count - 1, dtype=torch.float64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same question has the same answer
+            normal = torch.randn(_SIMULATIONS, len(scale), dtype=torch.float64)
+            chi_square = torch.distributions.Chi2(degrees).sample((_SIMULATIONS, 1))
+        return cls(scree, cov, normal @ root.T / (chi_square / degrees).sqrt())
+
+    def bounds(self, tolerance: float, confidence: float) -> _Bounds:
+        full = self.scree.loss[-1].double()
+        part = tolerance * full.sign()  # of L_n that is allowed, with its sign
+        variance = self.cov.diagonal()[:-1] - 2 * part * self.cov[:-1, -1]
+        stderr = (variance + part.square() * self.cov[-1, -1]).clamp(min=0).sqrt()
+        excess = self.scree.loss[:-1].double() - (1 + part) * full
+        return _Bounds(excess, stderr, self._quantile_of_maximum(part, stderr, confidence))
+
+    def _quantile_of_maximum(self, part: Tensor, stderr: Tensor, confidence: float) -> float:
+        """The `confidence` quantile of max_k t_k, t the studentised errors: a multivariate t."""
+        uncertain = stderr > 0
+        if not uncertain.any():
+            return 0.0
+        largest = [
+            ((draws[:, :-1] - part * draws[:, -1:])[:, uncertain] / stderr[uncertain]).amax(1)
+            for draws in self.draws.split(max(1, _AT_ONCE // self.draws.shape[1]))
+        ]
+        return float(torch.cat(largest).quantile(confidence))
 
 
-def _smallest(scree: "Scree", bounds: _Bounds) -> int:
+def _smallest(scree: Curve, bounds: _Bounds) -> Choice:
     upper = (bounds.excess + bounds.factor * bounds.stderr).tolist()
     smallest = scree.ks[-1]
     for k, bound in zip(reversed(scree.ks[:-1]), reversed(upper), strict=True):
         if not bound <= 0:
             break
         smallest = k
-    return smallest
+    return Choice(smallest, scree.layer)
 
 
-def one_standard_error(scree: "Scree") -> int:
+def one_standard_error(scree: Curve) -> Choice:
     """The smallest k whose loss is within one standard error of the smallest loss.
 
     The rule of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees (1984),
@@ -176,10 +236,10 @@ def one_standard_error(scree: "Scree") -> int:
         raise ValueError("a standard error needs at least two samples, got one")
     best = int(scree.loss.argmin())
     limit = scree.loss[best] + scree.stderr[best]
-    return scree.ks[int((scree.loss <= limit).nonzero()[0])]
+    return Choice(scree.ks[int((scree.loss <= limit).nonzero()[0])], scree.layer)
 
 
-def knee(scree: "Scree") -> int | None:
+def knee(scree: Curve) -> Choice | None:
     """The k where the curve bends most; None where it does not bend.
 
     Kneedle with sensitivity 1 for a convex, decreasing curve: after scaling both axes to [0, 1],
@@ -213,28 +273,21 @@ def knee(scree: "Scree") -> int | None:
         if here <= before and here <= after:
             candidate = None
         if candidate is not None and after < threshold:
-            return scree.ks[candidate]
+            return Choice(scree.ks[candidate], scree.layer)
     return None
 
 
-def _quantile_of_maximum(cov: Tensor, stderr: Tensor, df: int, confidence: float) -> float:
-    """The `confidence` quantile of max_k t_k, t multivariate t with the correlations of `cov`."""
-    uncertain = stderr > 0
-    if not uncertain.any():
-        return 0.0
-    scale = stderr[uncertain]
-    correlation = cov[uncertain][:, uncertain] / scale.outer(scale)
-    values, vectors = torch.linalg.eigh(correlation)
-    root = vectors * values.clamp(min=0).sqrt()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the same question has the same answer
-        normal = torch.randn(_SIMULATIONS, len(scale), dtype=torch.float64) @ root.T
-        chi_square = torch.distributions.Chi2(torch.tensor(df, dtype=torch.float64))
-        studentised = normal / (chi_square.sample((_SIMULATIONS, 1)) / df).sqrt()
-    return float(studentised.amax(1).quantile(confidence))
+def _check(scree: Curve, tolerance: float, confidence: float) -> None:
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    _check_finite(scree)
+    if scree.count < 2:
+        raise ValueError("choose needs at least two samples, to know how sure it can be, got one")
 
 
-def _check_finite(scree: "Scree") -> None:
+def _check_finite(scree: Curve) -> None:
     bad = [k for k, loss in zip(scree.ks, scree.loss.isfinite().tolist(), strict=True) if not loss]
     if bad or not scree.cov.nan_to_num(nan=0.0).isfinite().all():
         raise ValueError(f"losses must be finite, got NaN or infinity at k = {bad}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..models.width import Choice
 from . import choose
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ class Scree:
         """Standard error of each mean loss: float64, shape `(len(ks),)`. NaN for one sample."""
         return (self.cov.diagonal() / self.count).sqrt()
 
-    def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> int:
+    def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> Choice:
         """The smallest k that surely loses at most a tolerance against the largest measured k.
 
-        See `taildropout.measuring.choose.choose`.
+        It is an int that carries the name of the layer. See `taildropout.measuring.choose.choose`.
         """
         return choose.choose(self, tolerance, confidence)
 
@@ -52,14 +53,14 @@ class Scree:
         """
         return choose.explain(self, tolerance, confidence)
 
-    def one_standard_error(self) -> int:
+    def one_standard_error(self) -> Choice:
         """The smallest k whose loss is within one standard error of the smallest loss.
 
         See `taildropout.measuring.choose.one_standard_error`.
         """
         return choose.one_standard_error(self)
 
-    def knee(self) -> int | None:
+    def knee(self) -> Choice | None:
         """The k where the curve bends most, or None if it does not bend.
 
         See `taildropout.measuring.choose.knee`.

@@ -1,9 +1,9 @@
 """The scree curve from the training batches themselves."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..layers import TailDropout, TailMLP
+from ..models.width import find_layer
 from .curve import Scree
 
 
@@ -16,13 +16,14 @@ class LiveScree:
     Samples of different ks are different samples, so the covariance is diagonal.
 
     Args:
-        layer: a TailDropout, or a TailMLP.
+        layer: a TailDropout, or a module with one in it: a TailMLP, or a whole model.
         half_life: after this many updates an old loss counts half. None: all count alike.
 
     Raises:
-        ValueError: `half_life` is not above 0.
+        ValueError: `half_life` is not above 0; no TailDropout in it, or several.
 
     Example:
+        >>> from taildropout import TailDropout
         >>> layer = TailDropout()
         >>> live = LiveScree(layer)
         >>> for _ in range(10):
@@ -32,10 +33,10 @@ class LiveScree:
         tensor([16.,  9.,  4.,  1.,  0.], dtype=torch.float64)
     """
 
-    def __init__(self, layer: TailDropout | TailMLP, *, half_life: float | None = None) -> None:
+    def __init__(self, layer: nn.Module, *, half_life: float | None = None) -> None:
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be above 0 updates, got {half_life}")
-        self.layer = layer.dropout if isinstance(layer, TailMLP) else layer
+        _, self.layer = find_layer(layer, None)
         self._keep = 1.0 if half_life is None else 0.5 ** (1 / half_life)
         # For each k: sum of the weights, of their squares, mean, weighted squares around it.
         self._bins = torch.zeros(4, 0, dtype=torch.float64)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..functional.checks import check_k_at_most
 from ..models.inputs import Inputs, call, pair_of, to_device
-from ..models.width import as_it_was, check_ks, features_of, find_layer
+from ..models.width import Width, as_it_was, check_ks, features_of, find_layer, k_at
 from .at_once import FanOut, FanOutError
 from .curve import Scree
 from .moments import Moments, of_all_processes
@@ -25,7 +25,7 @@ def scree(
     data: Iterable[tuple[Inputs, Any]],
     *,
     layer: str | None = None,
-    ks: Iterable[int] | None = None,
+    ks: Iterable[Width] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
     memory: int = 2**30,
@@ -54,15 +54,16 @@ def scree(
             (`model(*inputs)`) or a dict (`model(**inputs)`). Held-out data: on the training
             data every further feature seems to help.
         layer: qualified name of the layer, needed if there are several.
-        ks: the ks to measure. None: all of 0, ..., n up to n = 256, else 0, n and up to 128
-            sizes spaced geometrically. The largest is what `choose` compares with, so include n.
+        ks: the ks to measure, ints or fractions of n in (0, 1]. None: all of 0, ..., n up to
+            n = 256, else 0, n and up to 128 sizes spaced geometrically. The largest is what
+            `choose` compares with, so include n.
         device: where the batches are moved to. None: the device of the model's parameters.
         progress: show a progress bar.
         memory: bytes that the activations of a chunk of ks may take, about.
 
     Raises:
         ValueError: no TailDropout layer, several and none named, a layer that the model does not
-            call, no data, a k outside 0, ..., n, a loss with class weights or ignored targets.
+            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class weights or ignored targets.
         TypeError: the loss does not give one value per sample; the message says how to mend it.
 
     Example:
@@ -76,13 +77,14 @@ def scree(
     """
     name, swept = find_layer(model, layer)
     per_sample_loss = per_sample(loss)
-    chosen = None if ks is None else check_ks(ks)
+    widths = None if ks is None else check_ks(ks, name)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
+    chosen: list[int] | None = None
     moments: Moments | None = None
     fan_out: FanOut | None = FanOut(model, swept, per_sample_loss, memory)
     total = len(data) if isinstance(data, Sized) else None
-    with as_it_was(model, swept), torch.no_grad():
+    with as_it_was(model), swept.using_k(None), torch.no_grad():
 
         def one_by_one(inputs: Inputs, target: Any, ks: list[int]) -> Tensor:  # (len(ks), batch)
             losses = []
@@ -95,7 +97,7 @@ def scree(
             inputs, target = to_device(pair_of(batch), device)
             if moments is None or chosen is None:
                 n = features_of(model, swept, name, inputs)
-                chosen = _default_ks(n) if chosen is None else chosen
+                chosen = _default_ks(n) if widths is None else sorted({k_at(w, n) for w in widths})
                 check_k_at_most(chosen[-1], n)
                 moments = Moments(len(chosen))
             if fan_out is not None and not fan_out.checked:

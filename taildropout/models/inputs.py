@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -20,24 +20,36 @@ def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model makes of the inputs."""
     args, kwargs = as_arguments(inputs)
     return model(*args, **kwargs)
 
 
 def pair_of(batch: Any) -> tuple[Inputs, Any]:
+    """Inputs and target; anything that is no pair is refused."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"data must yield pairs (inputs, target), got {type(batch).__name__}")
     return batch[0], batch[1]
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """All tensors in it, in order."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def to_device(values: Any, device: torch.device | str | None) -> Any:
+    """All that can be moved, on the device; None leaves it where it is."""
     if device is None:
         return values
     return tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, values)
 
 
+# --- samples, which lie along the first dim of each tensor that has dims ----------------------
+
+
 def count_samples(inputs: Inputs) -> int:
-    sizes = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
+    """How many there are; tensors that disagree, or have none, are refused."""
+    sizes = {len(tensor) for tensor in tensors_of(inputs) if tensor.ndim}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
             f"inputs must be tensors with one number of samples, got {sorted(sizes)} samples"
@@ -46,8 +58,23 @@ def count_samples(inputs: Inputs) -> int:
 
 
 def first_samples(inputs: Inputs, count: int) -> Any:
-    return tree_map(
-        lambda leaf: leaf[:count] if isinstance(leaf, Tensor) and leaf.ndim else leaf, inputs
+    """The first `count` of them, or all if there are fewer."""
+    return tree_map_only(Tensor, lambda x: x[:count] if x.ndim else x, inputs)
+
+
+def repeat_first_sample(inputs: Inputs, count: int) -> Any:
+    """The first of them, `count` times."""
+    return tree_map_only(
+        Tensor, lambda x: x[:1].expand(count, *x.shape[1:]) if x.ndim else x, inputs
+    )
+
+
+def of_twice_the_batch(inputs: Inputs) -> Any:
+    """Every tensor with as many samples as the first, twice."""
+    tensors = [tensor for tensor in tensors_of(inputs) if tensor.ndim]
+    batch = len(tensors[0]) if tensors else 0
+    return tree_map_only(
+        Tensor, lambda x: torch.cat([x, x]) if x.ndim and len(x) == batch else x, inputs
     )
 
 
@@ -60,15 +87,3 @@ def random_like(value: Any) -> Any:
         return torch.randn(value.shape, dtype=value.dtype, generator=generator).to(value.device)
     index = torch.randint(max(value.numel(), 1), value.shape, generator=generator)
     return value.flatten()[index.to(value.device)]
-
-
-def of_twice_the_batch(inputs: Inputs) -> Any:
-    """Every tensor along whose first dim the samples lie, twice."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    batch = len(tensors[0]) if tensors else 0
-
-    def twice(value: Any) -> Any:
-        has_samples = isinstance(value, Tensor) and value.ndim and len(value) == batch
-        return torch.cat([value, value]) if has_samples else value
-
-    return tree_map(twice, inputs)

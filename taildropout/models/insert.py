@@ -77,7 +77,8 @@ def remove(model: nn.Module, name: str) -> TailDropout:
 
     Args:
         model: changed in place.
-        name: qualified name of the layer, as in `tail_dropouts(model)`.
+        name: the name that `insert` took. Of several layers behind that module the one that was
+            inserted last goes, or the one whose own name is given (`NAME.tail_dropout`).
 
     Returns:
         The layer.
@@ -88,20 +89,33 @@ def remove(model: nn.Module, name: str) -> TailDropout:
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> layer = insert(model, "1", TailDropout(0.2))
-        >>> remove(model, "1.tail_dropout") is layer, tail_dropouts(model)
+        >>> remove(model, "1") is layer, tail_dropouts(model)
         (True, {})
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
     owner, _, child = name.rpartition(".")
-    layer = tail_dropouts(model).get(name)
-    if layer is None or not child.startswith("tail_dropout"):
+    if name in modules and (inserted := _inserted(modules[name])):
+        module, child = modules[name], inserted[-1]
+    elif owner in modules and child in _inserted(modules[owner]):
+        module = modules[owner]
+    else:
         raise ValueError(f"name must be that of an inserted layer, got {name!r}")
-    module = model.get_submodule(owner)
+    layer = getattr(module, child)
+    assert isinstance(layer, TailDropout)
     for key, hook in module._forward_hooks.items():
         if isinstance(hook, ApplyChild) and hook.child == child:
             del module._forward_hooks[key]
             break
     delattr(module, child)
     return layer
+
+
+def _inserted(module: nn.Module) -> list[str]:
+    """The children that `insert` gave it, in order."""
+    if type(module).forward is nn.Sequential.forward:
+        return [child for child in module._modules if child.startswith("tail_dropout")]
+    hooks = module._forward_hooks.values()
+    return [hook.child for hook in hooks if isinstance(hook, ApplyChild)]
 
 
 def replace_dropout(model: nn.Module, pattern: str = "*", **options: Any) -> list[str]:

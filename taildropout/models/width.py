@@ -1,7 +1,11 @@
-"""From what users say of widths to the k of each layer, and the state that a model comes back in."""
+"""From what users say of widths to the k of each layer; a model at a width, and as it was."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -10,102 +14,254 @@ from torch import Tensor, nn
 from ..functional.checks import check_k
 from ..layers import TailDropout
 from ..layers.fitted import FittedTailDropout
+from .hooks import hooked
 from .inputs import Inputs, call
 from .insert import tail_dropouts
 
+Width = int | float
+"""An int counts features, a float in (0, 1] is a fraction of them."""
 
-def find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
+Widths = Width | Mapping[str, Width] | None
+"""Of the layers of a model, see `at_width`."""
+
+
+class Choice(int):
+    """A k that knows its layer, and is an int in everything else. Made by `Scree.choose`.
+
+    Attributes:
+        layer: qualified name, or "" if it is not known.
+
+    Example:
+        >>> k = Choice(3, "encoder.1")
+        >>> k, k.layer, type(k + 1)
+        (3, 'encoder.1', <class 'int'>)
+    """
+
+    layer: str
+
+    def __new__(cls, k: int, layer: str = "") -> "Choice":
+        choice = super().__new__(cls, k)
+        choice.layer = layer
+        return choice
+
+    def __reduce__(self) -> tuple[type["Choice"], tuple[int, str]]:  # of copies and pickles
+        return type(self), (int(self), self.layer)
+
+
+# --- what was said, for each layer --------------------------------------------------------------
+
+
+def widths_by_layer(model: nn.Module, widths: Widths) -> dict[str, Width]:
+    """What is said of each TailDropout layer, checked: an int or a float, by qualified name."""
     layers = tail_dropouts(model)
     if not layers:
-        raise ValueError("the model must contain a TailDropout layer to be swept, and has none")
-    if name is None and len(layers) == 1:
-        return next(iter(layers.items()))
-    if name not in layers:
         raise ValueError(
-            f"layer must name one of the model's TailDropout layers {sorted(layers)}, got {name!r}"
+            "the model must contain a TailDropout layer to be pruned, measured or run at a width, "
+            "and has none"
         )
-    return name, layers[name]
-
-
-def check_ks(ks: Iterable[int]) -> list[int]:
-    checked = set()
-    for k in ks:
-        value = check_k(k)
-        checked.add(int(value))
-    if not checked or min(checked) < 0:
-        raise ValueError(f"ks must be at least one k, each at least 0, got {sorted(checked)}")
-    return sorted(checked)
-
-
-def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> int:
-    """n of the layer, by running the model once."""
-    widths: list[int] = []
-
-    def look(module: TailDropout, args: Any, output: Tensor) -> None:
-        if isinstance(module, FittedTailDropout):  # zeros come behind its features
-            widths.append(module.width)
-        else:
-            widths.append(output.shape[module.dropout_dim])
-
-    handle = layer.register_forward_hook(look)
-    try:
-        call(model, inputs)
-    finally:
-        handle.remove()
-    if len(set(widths)) != 1:
-        raise ValueError(
-            f"layer {name!r} must be called by the model with one number of features, "
-            f"got {widths or 'no call'}"
-        )
-    return widths[0]
-
-
-@contextmanager
-def as_it_was(model: nn.Module, swept: TailDropout) -> Iterator[None]:
-    """Eval mode inside, with every layer but `swept` at its k; afterwards all as before."""
-    training = {module: module.training for module in model.modules()}
-    ks = {layer: layer.k for layer in tail_dropouts(model).values()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
-        try:
-            model.eval()
-            for layer, k in ks.items():
-                layer.set_k(None if layer is swept else k)
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            for layer, k in ks.items():
-                layer.set_k(k)
-
-
-def layer_ks(model: nn.Module, k: int | Mapping[str, int] | None) -> dict[str, int]:
-    layers = tail_dropouts(model)
-    if not layers:
-        raise ValueError("the model must contain a TailDropout layer to be pruned, and has none")
-    if k is None:
-        given: Mapping[str, Any] = {name: m.k for name, m in layers.items() if m.k is not None}
+    if widths is None:
+        given: dict[str, Any] = {name: m.k for name, m in layers.items() if m.k is not None}
         if not given:
             raise ValueError("k=None prunes to the ks that are set, and none is: call set_k(k)")
-    elif isinstance(k, Mapping):
-        given = k
-    elif len(layers) == 1:
-        given = dict.fromkeys(layers, k)
+    elif isinstance(widths, Mapping):
+        given = _matched(model, widths)
+    elif len(layers) == 1 or _is_fraction(widths):
+        given = dict.fromkeys(layers, widths)
+    elif isinstance(widths, Choice) and widths.layer:
+        given = _matched(model, {widths.layer: int(widths)})
     else:
         raise ValueError(
-            f"the model has several TailDropout layers, give k as a dict: {sorted(layers)}"
+            f"the model has several TailDropout layers, give k as a dict: {sorted(layers)}, or one "
+            f"fraction of all of them, where 1.0 is the full width; got {widths!r}"
         )
-    unknown = sorted(set(given) - set(layers))
+    return {name: check_width(width, name) for name, width in given.items()}
+
+
+def layer_ks(
+    model: nn.Module, widths: Widths, n_of: Callable[[str], int] | None = None
+) -> dict[str, int]:
+    """The k of each layer that is spoken of; `n_of` gives the n of a layer, for a fraction."""
+    ks = {}
+    for name, width in widths_by_layer(model, widths).items():
+        if isinstance(width, int):
+            ks[name] = width
+        elif n_of is not None:
+            ks[name] = k_at(width, n_of(name))
+        else:
+            raise TypeError(f"k must be an integer here, got {width} for layer {name!r}")
+    return ks
+
+
+def check_width(width: Any, name: str) -> Width:
+    """The width of one layer, as an int or a float."""
+    if _is_fraction(width):
+        if not 0 < width <= 1:
+            raise ValueError(
+                f"a fraction of the features must be in (0, 1], got {width} for layer {name!r}: "
+                "a number of features must be an int"
+            )
+        return float(width)
+    k = check_k(width)
+    if isinstance(k, Tensor):
+        raise TypeError(f"k must be one int for all samples, got {k} for layer {name!r}")
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k} for layer {name!r}")
+    return k
+
+
+def k_at(width: Width, n: int) -> int:
+    """The k of an int or a fraction, which is rounded up, though not by a rounding error."""
+    return math.ceil(width * n - 1e-9 * n) if isinstance(width, float) else width
+
+
+def _is_fraction(width: Any) -> bool:
+    return isinstance(width, Real) and not isinstance(width, Integral)
+
+
+def _matched(model: nn.Module, widths: Mapping[str, Any]) -> dict[str, Any]:
+    """By layer: what its own name says, else the first pattern that fits, else "_default"."""
+    given, used = {}, {"_default"}
+    layers = tail_dropouts(model)
+    for layer in layers:
+        names = {layer, plain_name(model, layer)}
+        fitting = [key for key in widths if any(_fits(key, name) for name in names)]
+        used.update(fitting)
+        keys = [*(key for key in fitting if key in names), *fitting]
+        keys += ["_default"] if "_default" in widths else []
+        if keys:
+            given[layer] = widths[keys[0]]
+    unknown = sorted(set(widths) - used, key=str)
     if unknown:
         raise ValueError(
             f"k must name TailDropout layers of the model, {sorted(layers)}, got {unknown}"
         )
-    ks = {}
-    for name, value in given.items():
-        value = check_k(value)
-        if not isinstance(value, int):
-            raise TypeError(f"k must be one int for all samples, got {value} for layer {name!r}")
-        if value < 0:
-            raise ValueError(f"k must be at least 0, got {value} for layer {name!r}")
-        ks[name] = value
-    return ks
+    return given
+
+
+def _fits(key: Any, name: str) -> bool:
+    if not isinstance(key, str):
+        return False
+    if key.startswith("re:"):
+        return re.fullmatch(key.removeprefix("re:"), name) is not None
+    return key == name or fnmatchcase(name, key)
+
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """A module's name without what compiling, checkpointing and data parallelism put into it."""
+    parts, module = [], model
+    for part in filter(None, name.split(".")):
+        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        if part not in _WRAPPERS and not (parallel and part == "module"):
+            parts.append(part)
+        module = getattr(module, part)
+    return ".".join(parts)
+
+
+# --- running a model ----------------------------------------------------------------------------
+
+
+@contextmanager
+def at_width(model: nn.Module, widths: Widths) -> Iterator[nn.Module]:
+    """Run a model at a width, in training and in eval.
+
+    Inside, each TailDropout layer that is spoken of keeps its first k features; `train()` and
+    `eval()` don't end it, as trainers call them. A `set_k` or `using_k` inside is closer to the
+    call, and wins. Outside all is as before, also after an exception.
+
+    Args:
+        model: also one that is compiled or wrapped (DistributedDataParallel, checkpoints).
+        widths: a float in (0, 1] is the fraction of the features that every layer keeps, rounded
+            up. An int is the k of a model with one layer, and what `Scree.choose` returns that of
+            the layer that was measured. A dict says it for each layer: its keys are qualified
+            names, patterns with `*`, `?` and `[...]` as in a shell, regular expressions
+            (`"re:..."`) or `"_default"` for the rest; a layer's own name goes first, then the
+            first pattern that fits. None: the ks that are set.
+
+    Raises:
+        ValueError: no TailDropout layer, an int for several layers, a name or pattern that fits
+            none, a negative k, a fraction outside (0, 1].
+        TypeError: a k that is no number, or a tensor.
+
+    Example:
+        >>> model = nn.Sequential(TailDropout(), nn.ReLU(), TailDropout())
+        >>> with at_width(model, 0.5):
+        ...     model.eval()(torch.ones(1, 4))
+        tensor([[1., 1., 0., 0.]])
+        >>> with at_width(model, {"0": 3, "_default": 1.0}):
+        ...     model.train()(torch.ones(1, 4))
+        tensor([[1., 1., 1., 0.]])
+        >>> model.eval()(torch.ones(1, 4))
+        tensor([[1., 1., 1., 1.]])
+    """
+    given = widths_by_layer(model, widths)
+    with ExitStack() as stack:
+        for name, layer in tail_dropouts(model).items():
+            if name in given:
+                stack.enter_context(layer.using_width(given[name]))
+        yield model
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """In eval mode, at the ks that are set; afterwards modes, ks and random numbers as before."""
+    training = {module: module.training for module in model.modules()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack:
+        for layer in tail_dropouts(model).values():
+            if layer.k is not None:
+                stack.enter_context(layer.using_k(layer.k))
+        try:
+            for module in training:
+                module.training = False  # eval() clears k, and some models do more in it
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+def find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
+    """The layer that is named, or the only one, and its name without what wraps the model."""
+    layers = tail_dropouts(model)
+    if not layers:
+        raise ValueError("the model must contain a TailDropout layer to be measured, and has none")
+    for own, layer in layers.items():
+        plain = plain_name(model, own)
+        if name in (own, plain) or (name is None and len(layers) == 1):
+            return plain, layer
+    raise ValueError(
+        f"layer must name one of the model's TailDropout layers {sorted(layers)}, got {name!r}"
+    )
+
+
+def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> int:
+    """n of the layer, by running the model once."""
+    seen: list[int] = []
+
+    def look(module: TailDropout, args: Any, output: Tensor) -> None:
+        if isinstance(module, FittedTailDropout):  # zeros come behind its features
+            seen.append(module.width)
+        else:
+            seen.append(output.shape[module.dropout_dim])
+
+    with hooked({layer: look}):
+        call(model, inputs)
+    if len(set(seen)) != 1:
+        raise ValueError(
+            f"layer {name!r} must be called by the model with one number of features, "
+            f"got {seen or 'no call'}"
+        )
+    return seen[0]
+
+
+def check_ks(ks: Iterable[Width], name: str) -> list[Width]:
+    """Of one layer, to be measured."""
+    checked = [check_width(k.item() if isinstance(k, Tensor) else k, name) for k in ks]
+    if not checked:
+        raise ValueError("ks must be at least one k, got none")
+    return checked

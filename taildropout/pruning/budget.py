@@ -51,7 +51,7 @@ def choose_widths(
     *,
     of: Literal["parameters", "flops"] = "parameters",
     steps: int = 16,
-    progress: bool = False,
+    progress: bool = True,
 ) -> WidthPath:
     """Share out a budget among all TailDropout layers of a model.
 
@@ -98,10 +98,11 @@ def choose_widths(
     if not layers:
         raise ValueError("the model must contain TailDropout layers, and has none")
 
-    def cost_at(widths: dict[str, int]) -> int:
-        return int(getattr(plan_pruning(model, widths, example_inputs).after, of))
-
     smallest = plan_pruning(model, dict.fromkeys(layers, 1), example_inputs)
+
+    def cost_at(widths: dict[str, int]) -> int:
+        return int(getattr(smallest.at(widths).after, of))
+
     limit = budget * getattr(smallest.before, of)
     if getattr(smallest.after, of) > limit:
         raise ValueError(f"budget {budget} is too small: layers of one feature exceed it")

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from ..functional.checks import check_k_at_most
-from ..graph.constants import _Constants, _RulesOfAll, contribution, name_of_bias
-from ..graph.dataflow import LAYER, Graph, layer_dim
-from ..graph.features import _Staying
+from ..graph.dataflow import Dataflow, layer_dim
+from ..graph.features import Solution, contribution, name_of_bias, solve
 from ..graph.relations import Place
+from ..graph.rules import Sayings
 from ..layers.fitted import FittedTailDropout
-from ..models.copies import PruningError, tensors_by_name
+from ..models.copies import tensors_by_name
 from ..models.inputs import Inputs
 
 
@@ -64,72 +64,66 @@ class Findings:
     stays: list[Stay] = field(default_factory=list)
 
 
-def analyse(
-    model: nn.Module, k: dict[str, int], example_inputs: Inputs, *, trust_sizes: bool = True
-) -> Findings:
-    """Find all cuts that setting `k` (by layer name) allows.
+class Reading:
+    """The dataflow of a model, read once and solved for any ks."""
 
-    The dataflow does not tell a reshape by sizes that stand in the model's code from one by the
-    sizes of its input. With `trust_sizes` it is taken for the latter. Without, features stay that
-    are reshaped or split.
+    def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
+        self.flow = Dataflow(model, example_inputs)
+        self._sayings = Sayings()
 
-    Raises:
-        PruningError: the model can't be exported, or it does not call a layer.
-        ValueError: k is above the number of features.
-    """
-    graph = Graph(model, example_inputs)
-    n, ks = {}, {}
-    for name, layer in graph.layers.items():
-        if isinstance(layer, FittedTailDropout):
-            ks[name] = layer.width
-    for name, value in k.items():
-        widths = graph.layer_widths(name)
-        if len(widths) != 1:
-            raise PruningError(
-                f"layer {name!r} must be called with one number of features, got "
-                f"{sorted(widths) or 'no call'} while running the model on the example inputs"
-            )
-        n[name] = widths.pop()
-        check_k_at_most(value, n[name])
-        ks[name] = value
-    rules = _RulesOfAll(graph, ks)
-    constants = _Constants(graph, rules, ks)
-    staying = _Staying(graph, rules, constants, ks, trust_sizes)
-    return Findings(
-        k,
-        n,
-        _cuts(graph, staying),
-        list(_folds(graph, staying, constants)),
-        list(_fits(graph, staying, ks)),
-        list(_stays(graph, staying, k)),
-    )
+    def find(self, k: dict[str, int], *, trust_sizes: bool = True) -> Findings:
+        """All cuts that setting `k` (by layer name) allows. `trust_sizes` as in `solve`.
+
+        Raises:
+            PruningError: the model does not call a layer, or not with one number of features.
+            ValueError: k is above the number of features.
+        """
+        flow = self.flow
+        n = {name: flow.n_of(name) for name in k}
+        for name, value in k.items():
+            check_k_at_most(value, n[name])
+        fitted = {
+            name: layer.width
+            for name, layer in flow.layers.items()
+            if isinstance(layer, FittedTailDropout)
+        }
+        ks = {**fitted, **k}
+        found = solve(flow, self._sayings.at(ks), ks, trust_sizes)
+        return Findings(
+            k,
+            n,
+            _cuts(flow, found),
+            list(_folds(flow, found)),
+            list(_fits(flow, found, ks)),
+            list(_stays(flow, found, k)),
+        )
 
 
-def _cuts(graph: Graph, staying: _Staying) -> list[Cut]:
+def _cuts(flow: Dataflow, found: Solution) -> list[Cut]:
     """In the order of the model's tensors."""
-    order = {name: i for i, name in enumerate(tensors_by_name(graph.model))}
+    order = {name: i for i, name in enumerate(tensors_by_name(flow.model))}
     cuts = [
         Cut(name, dim, len(stays), tuple(stays.nonzero().flatten().tolist()))
-        for (node, dim), stays in staying.at.items()
+        for (node, dim), stays in found.stays.items()
         if (stays == 0).any()
-        for name in graph.names.get(node, [])
+        for name in flow.names.get(node, [])
     ]
     return sorted(cuts, key=lambda cut: (order[cut.name], cut.dim))
 
 
-def _folds(graph: Graph, staying: _Staying, constants: _Constants) -> Iterator[Fold]:
+def _folds(flow: Dataflow, found: Solution) -> Iterator[Fold]:
     done = set()
-    for read in staying.all_reads():
-        facts, name = constants.known.get(read.place), name_of_bias(graph, read)
-        if facts is None or name is None or name in done:
+    for read in found.reads:
+        name = name_of_bias(flow, read)
+        values = found.constants.at(read.place).value * found.gone(read.place)
+        if name is None or name in done or not values.any():
             continue
-        values = facts.value * staying.gone(read.place)
-        constant = contribution(graph, read, values) if values.any() else None
+        constant = contribution(flow, read, values)
         if constant is None or not constant.any():
             continue
         rows = _rows(read.weight) if read.weight else None
-        if not isinstance(read.bias, fx.Node) and rows in staying.at:
-            constant = constant[~staying.gone(rows)]  # a new bias has only the rows that stay
+        if not isinstance(read.bias, fx.Node) and rows in found.stays:
+            constant = constant[~found.gone(rows)]  # a new bias has only the rows that stay
         done.add(name)
         yield Fold(name, constant)
 
@@ -140,25 +134,25 @@ def _rows(weight: Place) -> Place:
     return node, 1 - dim if dim < 2 else 0
 
 
-def _fits(graph: Graph, staying: _Staying, ks: dict[str, int]) -> Iterator[Fit]:
+def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:
     fits = {}
-    for node, operation in graph.operations.items():
-        if operation.target is LAYER and operation.args[1] in ks:
-            name, dim = operation.args[1], layer_dim(operation)
-            arrives, leaves = staying.at[(operation.args[0], dim)] > 0, staying.at[(node, dim)] > 0
+    for operation in flow.calls():
+        name, dim = operation.args[1], layer_dim(operation)
+        if name in ks:
+            arrives = found.stays[(operation.args[0], dim)] > 0
+            leaves = found.stays[(operation.output, dim)] > 0
             width, size = int(leaves[: ks[name]].sum()), int(leaves.sum())
             if (int(arrives.sum()), size) != (width, width):
                 fits[name] = Fit(name, width, size)
     yield from fits.values()
 
 
-def _stays(graph: Graph, staying: _Staying, k: dict[str, int]) -> Iterator[Stay]:
-    for node, operation in graph.operations.items():
-        if operation.target is not LAYER or operation.args[1] not in k:
-            continue
+def _stays(flow: Dataflow, found: Solution, k: dict[str, int]) -> Iterator[Stay]:
+    for operation in flow.calls():
         name, dim = operation.args[1], layer_dim(operation)
-        for side, place in (("in front of", (operation.args[0], dim)), ("behind", (node, dim))):
-            for number in staying.at[place][k[name] :].unique().tolist():
-                if number:
-                    reason = staying.reasons[number]
-                    yield Stay(name, side, reason.name, reason.text)
+        if name in k:
+            places = {"in front of": (operation.args[0], dim), "behind": (operation.output, dim)}
+            for side, place in places.items():
+                for number in found.stays[place][k[name] :].unique().tolist():
+                    if number:
+                        yield Stay(name, side, *found.reasons[number])

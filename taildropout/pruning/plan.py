@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..models.copies import PruningError, tensors_by_name, with_own_buffers
-from ..models.inputs import Inputs, of_twice_the_batch, random_like
+from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-from ..models.width import layer_ks
+from ..models.width import Widths, at_width, layer_ks
 from .cost import Cost, costs_by_module
-from .cuts import Cut, Fit, Fold, Stay, analyse
+from .cuts import Cut, Fit, Fold, Reading, Stay
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
-from .verify import compare, difference_of, run, run_pruned, to_dtype
+from .verify import Verification, difference_of, run, run_pruned, verify
 
 FORMAT = 1
 
@@ -36,7 +35,7 @@ class Change:
     after: Cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrunePlan:
     """What goes from a model when its layers are pruned to k. Made by `plan_pruning`.
 
@@ -52,19 +51,23 @@ class PrunePlan:
         after: the same of the pruned one.
         model: the one that the plan was made for.
         example_inputs: what it was analysed with.
+        reading: the model's dataflow, which plans for other ks are made from too.
+        verifications: what `apply` compared, in which dtype, and what it could not compare.
     """
 
     k: dict[str, int]
     n: dict[str, int]
-    cuts: list[Cut]
-    folds: list[Fold]
-    fits: list[Fit]
-    stays: list[Stay]
-    changes: list[Change]
+    cuts: list[Cut] = field(repr=False)
+    folds: list[Fold] = field(repr=False)
+    fits: list[Fit] = field(repr=False)
+    stays: list[Stay] = field(repr=False)
+    changes: list[Change] = field(repr=False)
     before: Cost
     after: Cost
     model: nn.Module = field(repr=False)
     example_inputs: Inputs = field(repr=False)
+    reading: Reading = field(repr=False)
+    verifications: list[Verification] = field(default_factory=list, repr=False)
 
     def apply(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         """A pruned copy of the model, verified; the model itself is left untouched.
@@ -89,10 +92,18 @@ class PrunePlan:
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64
-        self._verify(model, small, dtype)
+        compared = verify(model, small, self._cut_copy, self.k, self.example_inputs, dtype)
+        self.verifications.append(compared)
         return small
 
-    def sweep(self, ks: Iterable[int | Mapping[str, int]], *, repeats: int = 15) -> Sweep:
+    def at(self, k: Widths) -> "PrunePlan":
+        """The plan for another k, without reading the model anew.
+
+        Args and errors as in `plan_pruning`.
+        """
+        return _plan(self.model, k, self.example_inputs, self.reading)
+
+    def sweep(self, ks: Iterable[Widths], *, repeats: int = 15) -> Sweep:
         """What the network would cost at other ks: parameters, FLOPs, and measured time.
 
         Args:
@@ -108,11 +119,8 @@ class PrunePlan:
             [30, 108, 212]
         """
         ks = list(ks)
-        plans = [plan_pruning(self.model, k, self.example_inputs) for k in ks]
+        plans = [self.at(k) for k in ks]
         small = [plan._cut_copy(self.model).eval() for plan in plans]
-        for model in small:
-            for layer in tail_dropouts(model).values():
-                layer.set_k(None)
         seconds = seconds_per_call(small, self.example_inputs, repeats)
         return Sweep(
             [
@@ -161,9 +169,10 @@ class PrunePlan:
         remarks = [
             f"{fold.name} takes in the constant of the columns that go" for fold in self.folds
         ]
-        return remarks + [
+        remarks += [
             f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
+        return remarks + [line for compared in self.verifications[-1:] for line in compared.lines()]
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:
         tensors = tensors_by_name(model)
@@ -173,31 +182,6 @@ class PrunePlan:
         small = copy.deepcopy(model, shared)
         operate(small, self.cuts, self.folds, self.fits)
         return small
-
-    def _verify(self, model: nn.Module, small: nn.Module, dtype: torch.dtype | None) -> None:
-        examples = [self.example_inputs, tree_map(random_like, self.example_inputs)]
-        large, small = with_own_buffers(model).eval(), with_own_buffers(small).eval()
-        if dtype is not None:
-            try:
-                precise = copy.deepcopy(model).eval().to(dtype)
-                converted = tree_map(lambda value: to_dtype(value, dtype), examples)
-                for inputs in converted:
-                    run(precise, inputs)
-                large, small, examples = precise, self._cut_copy(precise), converted
-            except Exception:  # the model insists on its own dtype
-                pass
-        for name, k in self.k.items():
-            tail_dropouts(large)[name].set_k(k)
-        for layer in tail_dropouts(small).values():
-            layer.set_k(None)
-        for inputs in examples:
-            compare(self.k, large, small, inputs, run(large, inputs))
-        doubled = of_twice_the_batch(examples[1])
-        try:
-            expected = run(large, doubled)
-        except Exception:  # the model takes batches of one size
-            return
-        compare(self.k, large, small, doubled, expected)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan without its tensors and inputs, as plain data."""
@@ -211,9 +195,7 @@ class PrunePlan:
         }
 
 
-def plan_pruning(
-    model: nn.Module, k: int | Mapping[str, int] | None, example_inputs: Inputs
-) -> PrunePlan:
+def plan_pruning(model: nn.Module, k: Widths, example_inputs: Inputs) -> PrunePlan:
     """Find out what goes from a model when its TailDropout layers are pruned to k.
 
     The dataflow is read from `torch.export`. In front of a layer, what computes the tail goes:
@@ -248,11 +230,17 @@ def plan_pruning(
         3       Linear  4 x 16 -> 4 x 5  68 -> 24    256 -> 80
         all                              212 -> 69   768 -> 240
     """
-    ks = layer_ks(model, k)
+    layer_ks(model, k, lambda name: 1)  # complains before anything is read
+    return _plan(model, k, example_inputs, Reading(model, example_inputs))
+
+
+def _plan(model: nn.Module, k: Widths, example_inputs: Inputs, reading: Reading) -> PrunePlan:
+    ks = layer_ks(model, k, reading.flow.n_of)
+    costs = _costs(with_own_buffers(model), example_inputs)
     for trust_sizes in (True, False):
-        findings = analyse(model, ks, example_inputs, trust_sizes=trust_sizes)
+        found = reading.find(ks, trust_sizes=trust_sizes)
         small = with_own_buffers(model)
-        operate(small, findings.cuts, findings.folds, findings.fits)
+        operate(small, found.cuts, found.folds, found.fits)
         try:
             after = _costs(small, example_inputs)
             if not trust_sizes or _agree(model, ks, small, example_inputs):
@@ -260,23 +248,23 @@ def plan_pruning(
         except PruningError:
             if not trust_sizes:
                 raise
-    before = _costs(with_own_buffers(model), example_inputs)
     return PrunePlan(
-        findings.k,
-        findings.n,
-        findings.cuts,
-        findings.folds,
-        findings.fits,
-        findings.stays,
-        _changes(model, small, findings.cuts, before, after),
-        before[""],
+        found.k,
+        found.n,
+        found.cuts,
+        found.folds,
+        found.fits,
+        found.stays,
+        _changes(model, small, found.cuts, costs, after),
+        costs[""],
         after[""],
         model,
         example_inputs,
+        reading,
     )
 
 
-def prune(model: nn.Module, k: int | Mapping[str, int] | None, example_inputs: Inputs) -> nn.Module:
+def prune(model: nn.Module, k: Widths, example_inputs: Inputs) -> nn.Module:
     """A smaller copy of the model that computes what the model computes with k set.
 
     `plan_pruning` and `PrunePlan.apply` in one; see there for arguments and errors.
@@ -297,9 +285,7 @@ def prune(model: nn.Module, k: int | Mapping[str, int] | None, example_inputs: I
 
 def _costs(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
     """Of every module by name, "" for the whole model."""
-    for layer in tail_dropouts(model).values():
-        layer.set_k(None)
-    model.eval()
+    model.eval()  # with no k set
     return costs_by_module(model, lambda: run_pruned(model, inputs))
 
 
@@ -339,10 +325,8 @@ def _from_to(before: Cost, after: Cost) -> tuple[str, str]:
 def _agree(model: nn.Module, ks: dict[str, int], small: nn.Module, inputs: Inputs) -> bool:
     """Whether it seems so, on the example inputs in their own precision."""
     large = with_own_buffers(model).eval()
-    for name, k in ks.items():
-        tail_dropouts(large)[name].set_k(k)
-    difference, _ = difference_of(run(large, inputs), run(small, inputs))
-    return difference is None
+    with at_width(large, ks):
+        return difference_of(run(large, inputs), run(small, inputs)).is_rounding
 
 
 def check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,14 @@ from torch import nn
 
 from ..measuring.curve import Scree
 from ..models.inputs import Inputs, call
+from ..models.width import Widths
 
 
 @dataclass(frozen=True)
 class SweepPoint:
     """The network cut to k: parameters, FLOPs and seconds of one call on the example inputs."""
 
-    k: int | Mapping[str, int]
+    k: Widths
     parameters: int
     flops: int
     seconds: float

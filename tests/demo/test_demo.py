@@ -132,6 +132,7 @@ def test_missing_files_say_both_ways_to_get_them(tmp_path):
         data.load_fashion_mnist(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_digits_are_split_into_disjoint_parts():
     digits = data.load_digits()
     assert digits.train.shape == (1400, 64)
@@ -293,7 +294,11 @@ def test_the_digits_as_a_command(tmp_path):
         ("demo --width many", "must be a whole number, got .many."),
         ("", "required: command"),
         ("demo --data fashion-mnist --data-dir missing", "Fashion-MNIST is not in missing"),
-        ("demo --out file --epochs 1 --width 2", "taildropout demo: .*'file'"),
+        pytest.param(
+            "demo --out file --epochs 1 --width 2",
+            "taildropout demo: .*'file'",
+            marks=pytest.mark.slow,
+        ),
         ("demo --epochs 1 --width 2 --seed 99999999999999999999", "seed"),
     ],
 )

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from taildropout import TailDropout
 from taildropout.functional import keep_prefix, tail_dropout
+from taildropout.layers.fitted import FittedTailDropout
 from taildropout.lengths import Exponential, Sizes, Uniform
 
 BATCH, FEATURES = 500, 20
@@ -219,6 +220,135 @@ def test_using_k_restores_what_was_set_also_where_the_mode_changes_inside():
     assert layer.k == 3
 
 
+# --- using_width ------------------------------------------------------------------------------
+
+
+@BOTH_MODES
+@pytest.mark.parametrize(
+    ("w", "k"),
+    [(0.0, 0), (0.01, 1), (0.5, 3), (0.51, 4), (0.99, 6), (1.0, 6), (0, 0), (1, 1), (4, 4)],
+)
+def test_using_width_keeps_a_fraction_rounded_up_or_k(w, k, training):
+    layer, x = TailDropout().train(training), torch.randn(3, 6)
+    with layer.using_width(w) as inside:
+        assert inside is layer
+        assert_equal(layer(x), keep_prefix(x, k))
+    assert layer.k is None
+
+
+def test_a_width_of_k_nths_is_k():
+    layer = TailDropout()
+    for n in range(1, 201):
+        x = torch.ones(1, n)
+        with layer.using_width(1 / n):
+            assert lengths_of(layer(x)).item() == 1
+        for k in range(n + 1):
+            with layer.using_width(k / n):
+                assert layer.set_k_for(n) == k
+
+
+def test_a_width_is_that_of_each_input():
+    layer = TailDropout(dropout_dim=1)
+    with layer.using_width(0.5):
+        kept = [lengths_of(layer(torch.ones(2, n, 3)), 1).unique().item() for n in (1, 2, 7, 10)]
+    assert kept == [1, 1, 4, 5]
+
+
+def test_a_width_outlasts_train_and_eval():
+    layer, x = TailDropout(), torch.ones(2, 4)
+    with layer.using_width(0.5):
+        for change in (layer.eval, layer.train, lambda: layer.set_k(None)):
+            change()
+            assert lengths_of(layer(x)).tolist() == [2, 2]
+    assert layer.eval()(x) is x
+
+
+def test_a_k_that_is_set_inside_a_width_is_in_force_until_it_is_cleared():
+    layer, x, seen = TailDropout().eval(), torch.ones(2, 4), []
+    layer.set_k(1)
+    with layer.using_width(0.5):
+        seen.append(lengths_of(layer(x)).tolist())
+        layer.set_k(torch.tensor([0, 3]))
+        seen.append(lengths_of(layer(x)).tolist())
+        layer.eval()
+        seen.append(lengths_of(layer(x)).tolist())
+        with layer.using_k(4):
+            seen.append(lengths_of(layer(x)).tolist())
+    seen.append(lengths_of(layer(x)).tolist())
+    assert seen == [[2, 2], [0, 3], [2, 2], [4, 4], [1, 1]]
+
+
+def test_using_width_nests_and_none_is_no_width():
+    layer, x, seen = TailDropout().eval(), torch.ones(2, 4), []
+    with layer.using_width(0.75):
+        with layer.using_width(1):
+            with layer.using_width(None):
+                assert layer(x) is x
+                assert layer.eval()(x) is x
+            seen.append(lengths_of(layer(x)).tolist())
+        seen.append(lengths_of(layer(x)).tolist())
+    assert layer(x) is x
+    assert seen == [[1, 1], [3, 3]]
+
+
+def test_without_a_width_training_draws(assert_drawn_from):
+    layer = TailDropout(0.3)
+    with layer.using_width(0.5), layer.using_width(None):
+        k = lengths_of(layer(torch.ones(10_000, FEATURES)))
+    assert_drawn_from(k, Exponential(0.3).pmf(FEATURES))
+
+
+@pytest.mark.parametrize("before", [None, 3])
+def test_using_width_restores_after_an_exception(before):
+    layer, x = TailDropout().eval(), torch.ones(2, 4)
+    layer.set_k(before)
+    with pytest.raises(KeyboardInterrupt), layer.using_width(0.5):
+        raise KeyboardInterrupt
+    assert layer.k == before
+    assert_equal(layer(x), keep_prefix(x, 4 if before is None else before))
+
+
+@pytest.mark.parametrize(
+    ("w", "error", "message"),
+    [
+        (1.5, ValueError, r"w is the fraction of the features to keep, in \[0, 1\], got 1.5"),
+        (-0.1, ValueError, r"w is the fraction of the features to keep, in \[0, 1\], got -0.1"),
+        (math.nan, ValueError, r"w is the fraction .* got nan"),
+        (-1, ValueError, "k must be at least 0, got k=-1"),
+        (True, TypeError, r"w must be a width in \[0, 1\] or an int, which is a k, got True"),
+        ("half", TypeError, r"w must be a width in \[0, 1\] or an int, which is a k, got 'half'"),
+    ],
+)
+def test_a_bad_width_is_refused_and_changes_nothing(w, error, message):
+    layer = TailDropout()
+    layer.set_k(2)
+    with pytest.raises(error, match=message), layer.using_width(w):
+        pass
+    assert layer.k == 2
+
+
+def test_an_int_above_the_number_of_features_is_refused_in_the_call():
+    layer = TailDropout()
+    with (
+        layer.using_width(7),
+        pytest.raises(ValueError, match=r"k must be at most .* n=6, got k=7"),
+    ):
+        layer(torch.ones(2, 6))
+
+
+@BOTH_MODES
+def test_in_a_fitted_layer_the_width_is_that_of_its_own_features(training):
+    layer = FittedTailDropout.fit(TailDropout().train(training), width=4, size=8)
+    x = torch.ones(2, 6)
+    with layer.using_width(0.5):
+        assert lengths_of(layer(x)).tolist() == [2, 2]
+        with layer.using_width(3):
+            assert lengths_of(layer(x)).tolist() == [3, 3]
+        with layer.using_width(None):
+            assert lengths_of(layer.eval()(x)).tolist() == [4, 4]
+    assert layer(x).shape == (2, 8)
+
+
 # --- p ----------------------------------------------------------------------------------------
 
 
@@ -283,9 +413,16 @@ def test_lengths_must_have_a_pmf():
         TailDropout(lengths="uniform")
 
 
-@pytest.mark.parametrize("dims", [{"batch_dim": "a"}, {"dropout_dim": 1.5}, {"batch_dim": (0.0,)}])
-def test_dims_must_be_ints(dims):
-    with pytest.raises(TypeError, match="batch_dim must be an int or a sequence of ints"):
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ({"batch_dim": "a"}, "batch_dim must be an int or a sequence of ints, got 'a'"),
+        ({"batch_dim": (0.0,)}, r"batch_dim must be an int or a sequence of ints, got \(0.0,\)"),
+        ({"dropout_dim": 1.5}, "dropout_dim must be an int, got 1.5"),
+    ],
+)
+def test_dims_must_be_ints(dims, message):
+    with pytest.raises(TypeError, match=message):
         TailDropout(**dims)
 
 
@@ -484,6 +621,14 @@ def test_a_copy_draws_the_same(copied, lengths):
     torch.manual_seed(1)
     assert_equal(other(x), expected)
     assert repr(other) == repr(layer)
+
+
+@COPIES
+def test_a_copy_has_no_drawn_k(copied):
+    layer = TailDropout()
+    layer(torch.ones(7, 4))
+    assert layer.drawn_k.shape == (7,)
+    assert copied(layer).drawn_k is None
 
 
 @COPIES
@@ -751,6 +896,16 @@ class TestRecompilation:
         for k in ks:
             layer.set_k(k)
             assert_equal(fast(x), keep_prefix(x, k))
+        assert counter.frame_count == 1
+
+    @pytest.mark.slow
+    @BOTH_MODES
+    def test_another_width_does_not_recompile(self, training):
+        counter, layer, x = CompileCounter(), TailDropout().train(training), torch.ones(4, 6)
+        fast = compiled(layer, counter)
+        for w in (0.0, 0.5, 0.51, 1 / 6, 1.0):
+            with layer.using_width(w):
+                assert_equal(fast(x), layer(x))
         assert counter.frame_count == 1
 
     @pytest.mark.parametrize("stratified", [True, False])

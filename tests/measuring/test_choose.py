@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kneed import KneeLocator
 
-from taildropout import Scree
+from taildropout import Choice, Scree
 
 
 def scree_of(loss, cov=None, count=100, ks=None):
@@ -182,12 +182,14 @@ def violations(losses, means):
     return sum(means[k] > (1 + TOLERANCE) * means[-1] for k in ks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", [independent, heavy_tailed])
 def test_the_chosen_k_keeps_the_tolerance_with_the_confidence_that_was_asked_for(losses):
     limit = scipy.stats.binom.ppf(0.999, REPEATS, 1 - CONFIDENCE)
     assert violations(losses, MEANS) <= limit
 
 
+@pytest.mark.slow
 def test_where_there_is_one_error_the_confidence_is_used_up():
     """Every smaller k computes the same, a hair too bad: the bound must not be wider than asked."""
     means = np.array([1.1 + 1e-9, 1.1 + 1e-9, 1.1 + 1e-9, 1])
@@ -235,9 +237,21 @@ def test_what_cannot_be_answered_is_refused(loss, count, options, words):
             ask(**options)
 
 
-def test_a_k_of_unknown_spread_is_not_vouched_for():
-    cov = torch.diag(torch.tensor([0.0, NAN, 0.0]))
-    assert scree_of([1, 1, 1], cov).choose(0.5) == 2
+@pytest.mark.parametrize(("unknown", "k"), [(0, 1), (1, 2), (2, 2)])
+def test_a_k_of_unknown_spread_is_not_vouched_for(unknown, k):
+    cov = torch.eye(3) * 1e-3
+    cov[unknown, unknown] = NAN
+    assert scree_of([1, 1, 1], cov).choose(0.5) == k
+
+
+# --- the answer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [Scree.choose, Scree.one_standard_error, Scree.knee])
+def test_the_answer_names_the_layer_that_was_measured(rule):
+    answer = rule(scree_of([8, 2, 1.5, 1.2, 1.0]))
+    assert isinstance(answer, Choice)
+    assert answer.layer == "layer"
 
 
 # --- explain ----------------------------------------------------------------------------------
@@ -268,6 +282,18 @@ def test_the_advice_of_explain_leads_one_k_further_down(pattern, follow):
         assert scree.choose(0.1) == 4
         (number,) = re.findall(pattern, scree.explain(0.1))
         assert follow(scree, int(number.replace(",", ""))) < 4
+
+
+def test_the_tolerance_of_explain_is_the_smallest_whole_percent_that_will_do():
+    """Against asking for each of them."""
+    generator = np.random.default_rng(0)
+    for level in [1, 1, 1, 0.4, -1]:
+        noise = generator.normal(scale=0.3, size=(60, 5))
+        scree = scree_from(noise - noise.mean(0) + [0.5, 0.3, 0.08, 0.05, 0] + level)
+        chosen = scree.choose(0.1)
+        (percent,) = re.findall(r"tolerance of (\d+)%", scree.explain(0.1))
+        asked = (p for p in range(11, 301) if scree.choose(p / 100) < chosen)
+        assert int(percent) == next(asked)
 
 
 def test_explain_says_how_far_the_bound_reaches():

@@ -87,6 +87,15 @@ def test_a_tail_mlp_is_watched_by_its_dropout():
     assert_close(result.loss, torch.tensor(result.ks).double())
 
 
+def test_a_model_with_one_layer_is_watched_by_it():
+    model = nn.Sequential(nn.Linear(3, N), nn.Sequential(TailDropout()))
+    assert LiveScree(model).layer is model[1][0]
+    with pytest.raises(ValueError, match=r"one of the model's .* \['1.0', '2'\], got None"):
+        LiveScree(model.append(TailDropout()))
+    with pytest.raises(ValueError, match="must contain a TailDropout layer"):
+        LiveScree(nn.Linear(2, 2))
+
+
 def test_one_k_per_token():
     layer = TailDropout(batch_dim=(0, 1))
     live = LiveScree(layer)

@@ -19,6 +19,12 @@ def model_of(n=N, *behind):
     return nn.Sequential(nn.Linear(4, n), TailDropout(), *behind, nn.Linear(n, 3)).double()
 
 
+def two_layers():
+    return nn.Sequential(
+        nn.Linear(4, N), TailDropout(), nn.Tanh(), nn.Linear(N, N), TailDropout(), nn.Linear(N, 3)
+    ).double()
+
+
 def batches(*sizes, target=lambda size: torch.randn(size, 3, dtype=torch.float64)):
     return [(torch.randn(size, 4, dtype=torch.float64), target(size)) for size in sizes]
 
@@ -100,6 +106,13 @@ def test_given_ks_are_measured_in_increasing_order(ks):
     assert_measures(result, by_hand(model, model[1], [0, 3, 5], data, squared_error))
 
 
+def test_ks_may_be_fractions_of_n():
+    model, data = model_of(8), batches(6)
+    result = scree(model, squared_error, data, ks=[1.0, 0, 0.25, 2, 0.3, np.float64(0.5)])
+    assert result.ks == [0, 2, 3, 4, 8]  # a quarter is 2, and 0.3 of 8 is rounded up
+    assert_measures(result, by_hand(model, model[1], result.ks, data, squared_error))
+
+
 def test_all_ks_up_to_256():
     assert scree(model_of(256), squared_error, batches(3)).ks == list(range(257))
 
@@ -161,10 +174,7 @@ def test_inputs_and_target_are_moved_to_the_device(device):
 
 
 def test_of_several_layers_one_is_swept_and_the_others_keep_their_k():
-    model = nn.Sequential(
-        nn.Linear(4, N), TailDropout(), nn.Tanh(), nn.Linear(N, N), TailDropout(), nn.Linear(N, 3)
-    ).double()
-    data = batches(6)
+    model, data = two_layers(), batches(6)
     model.eval()
     model[1].set_k(2)
     model[4].set_k(3)
@@ -176,6 +186,44 @@ def test_of_several_layers_one_is_swept_and_the_others_keep_their_k():
         with model[4].using_k(k), torch.no_grad():
             rows.append(torch.cat([squared_error(model(x), y) for x, y in data]))
     assert_close(result.loss, torch.stack(rows).mean(1))
+
+
+@pytest.mark.parametrize("widths", [0.4, {"1": 2}, {"1": 2, "4": 1}])
+def test_inside_at_width_the_others_keep_it_and_the_swept_layer_does_not(widths):
+    model, data = two_layers(), batches(6)
+    with td.at_width(model, widths):
+        result = scree(model, squared_error, data, layer="4")
+    assert result.ks == list(range(N + 1))
+    with model[1].using_width(2):
+        assert_measures(result, by_hand(model, model[4], result.ks, data, squared_error))
+
+
+def test_a_compiled_model_is_measured_like_the_model_in_it():
+    model, data = two_layers(), batches(6)
+    expected = scree(model, squared_error, data, layer="4")
+    result = scree(torch.compile(model, backend="eager"), squared_error, data, layer="4")
+    assert result.layer == "4"
+    assert_close(result.loss, expected.loss)
+
+
+class SetUp(nn.Module):
+    """Some models do more than change their mode in `train()` and `eval()`: merge weights, say."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = model_of()
+
+    def train(self, mode=True):
+        raise AssertionError("this is for whoever trains the model")
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_modes_are_changed_without_a_call_of_train_or_eval():
+    model, data = SetUp(), batches(6)
+    result = scree(model, squared_error, data)
+    assert_measures(result, by_hand(model.body, model.body[1], result.ks, data, squared_error))
 
 
 class Tagger(nn.Module):
@@ -429,9 +477,10 @@ DATA = [(torch.randn(6, 4), torch.randn(6, 3))]
         (model_of().float(), [], {}, ValueError, "must yield at least one sample"),
         (model_of().float(), USED_UP, {}, ValueError, "a used-up generator"),
         (model_of().float(), DATA, {"ks": [6]}, ValueError, "at most the number of features n=5"),
-        (model_of().float(), DATA, {"ks": [-1]}, ValueError, r"each at least 0, got \[-1\]"),
+        (model_of().float(), DATA, {"ks": [-1]}, ValueError, "k must be at least 0, got -1"),
         (model_of().float(), DATA, {"ks": []}, ValueError, "ks must be at least one k"),
-        (model_of().float(), DATA, {"ks": [1.5]}, TypeError, "k must be an integer .* got 1.5"),
+        (model_of().float(), DATA, {"ks": [1.5]}, ValueError, r"must be in \(0, 1\], got 1.5"),
+        (model_of().float(), DATA, {"ks": [0.0]}, ValueError, r"must be in \(0, 1\], got 0.0"),
         (model_of().float(), DATA, {"ks": ["2"]}, TypeError, "k must be an integer .* got '2'"),
         (model_of().float(), DATA, {"ks": [True]}, TypeError, "k must be an integer .* got True"),
         (model_of().float(), [DATA[0] * 2], {}, ValueError, "must yield pairs .* got tuple"),

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import TailDropout, TailMLP, tail_dropouts
-from taildropout.models.inputs import as_arguments, call
 
 
 def test_layers_are_found_by_their_qualified_names_in_order():
@@ -29,32 +28,6 @@ def test_the_layer_of_a_tail_mlp_is_found():
 
 def test_a_model_without_layers_has_none():
     assert tail_dropouts(nn.Sequential(nn.Dropout(), nn.Linear(2, 2))) == {}
-
-
-X, Y = torch.ones(1), torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "expected"),
-    [
-        (X, ((X,), {})),
-        ((X, Y), ((X, Y), {})),
-        ([X, Y], ((X, Y), {})),
-        ({"a": X, "b": Y}, ((), {"a": X, "b": Y})),
-    ],
-)
-def test_inputs_become_arguments(inputs, expected):
-    assert as_arguments(inputs) == expected
-
-
-class Difference(nn.Module):
-    def forward(self, a, b):
-        return a - b
-
-
-@pytest.mark.parametrize("inputs", [(X, Y), [X, Y], {"b": Y, "a": X}])
-def test_a_model_is_called_with_them(inputs):
-    assert call(Difference(), inputs).item() == 1
 
 
 # ------------------------------------------------------------------------------------------ insert
@@ -206,12 +179,14 @@ def test_what_is_inserted_is_a_layer(layer):
 # ------------------------------------------------------------------------------------------ remove
 
 
-@pytest.mark.parametrize("at", ["inner", "stack", "stack.1"])
-def test_a_layer_that_is_removed_leaves_the_model_as_it_was(at):
+@pytest.mark.parametrize("own_name", [False, True])
+@pytest.mark.parametrize("at", ["", "inner", "stack", "stack.1"])
+def test_a_layer_that_is_removed_leaves_the_model_as_it_was(at, own_name):
     model, x = Block(), torch.randn(4, 5)
     before, hooks, expected = repr(model), hook_counts(model), model(x)
     layer = td.insert(model, at, TailDropout())
-    assert td.remove(model, f"{at}.tail_dropout") is layer
+    name = f"{at}.tail_dropout".removeprefix(".") if own_name else at
+    assert td.remove(model, name) is layer
     assert tail_dropouts(model) == {}
     assert repr(model) == before
     assert hook_counts(model) == hooks
@@ -234,6 +209,38 @@ def test_only_the_layer_that_is_named_is_removed():
     assert other.id in model.inner._forward_hooks
     with kept.using_k(2):
         assert_close(model(x), by_hand(model, x, "inner", torch.full((4,), 2)))
+
+
+@pytest.mark.parametrize("at", ["inner", "stack"])
+def test_of_several_layers_behind_a_module_the_last_is_removed_first(at):
+    model = Block()
+    layers = [td.insert(model, at, TailDropout()) for _ in range(3)]
+    assert [td.remove(model, at) for _ in range(3)] == layers[::-1]
+    assert tail_dropouts(model) == {}
+
+
+def test_a_layer_behind_a_layer_is_removed():
+    model = nn.Sequential(TailDropout(), nn.Linear(2, 2))
+    layer = td.insert(model, "0", TailDropout())
+    assert td.remove(model, "0") is layer
+    assert tail_dropouts(model) == {"0": model[0]}
+
+
+class OwnLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tail_dropout = TailDropout()
+
+    def forward(self, x):
+        return self.tail_dropout(x)
+
+
+@pytest.mark.parametrize("name", ["", "tail_dropout"])
+def test_a_layer_that_the_model_calls_by_this_name_is_not_removed(name):
+    model = OwnLayer()
+    with pytest.raises(ValueError, match=f"name must be that of an inserted layer, got '{name}'"):
+        td.remove(model, name)
+    assert list(tail_dropouts(model)) == ["tail_dropout"]
 
 
 def test_a_layer_is_removed_from_a_copy():

@@ -12,13 +12,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 import taildropout as td
 from taildropout import PruningError, TailDropout
 from taildropout.models.copies import tensors_by_name
-from taildropout.pruning.cuts import analyse
+from taildropout.pruning.cuts import Reading
 
 
 def cuts(model, k, shape):
     """{tensor: {dim: the indices that stay}}"""
     found = {}
-    for cut in analyse(model, k, torch.randn(shape)).cuts:
+    for cut in Reading(model, torch.randn(shape)).find(k).cuts:
         assert cut.size == tensors_by_name(model)[cut.name].shape[cut.dim]
         found.setdefault(cut.name, {})[cut.dim] = list(cut.keep)
     return found
@@ -46,7 +46,7 @@ def test_a_chain_loses_the_producers_rows_and_the_consumers_columns(k):
 
 
 def test_nothing_goes_at_k_of_all_features():
-    found = analyse(chain(4, nn.Sigmoid()), {"1": 4}, torch.randn(2, 5))
+    found = Reading(chain(4, nn.Sigmoid()), torch.randn(2, 5)).find({"1": 4})
     assert (found.k, found.n, found.cuts, found.folds) == ({"1": 4}, {"1": 4}, [], [])
 
 

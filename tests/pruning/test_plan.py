@@ -574,7 +574,7 @@ BAD_KS = [
     (5, ValueError, "k must be at most the number of features n=4, got k=5"),
     ({"1": 5}, ValueError, "k must be at most the number of features n=4, got k=5"),
     (-1, ValueError, "k must be at least 0, got -1 for layer '1'"),
-    (2.0, TypeError, "k must be an integer or an integer tensor, got 2.0"),
+    (2.0, ValueError, r"a fraction of the features must be in \(0, 1\], got 2.0 for layer '1'"),
     (True, TypeError, "k must be an integer or an integer tensor, got True"),
     ("2", TypeError, "k must be an integer or an integer tensor, got '2'"),
     ({"1": None}, TypeError, "k must be an integer or an integer tensor, got None"),

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import PruningError, TailDropout
+from taildropout.pruning.cuts import Reading
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 
@@ -43,15 +44,14 @@ def test_a_wrong_plan_is_caught(name):
 
 
 def test_a_wrong_analysis_is_caught(monkeypatch):
-    plan_module = "taildropout.pruning.plan"
-    honest = td.pruning.plan.analyse
+    honest = Reading.find
 
     def lying(*args, **options):
         found = honest(*args, **options)
         cuts = [dataclasses.replace(cut, keep=(1, 2)) for cut in found.cuts]
         return dataclasses.replace(found, cuts=cuts)
 
-    monkeypatch.setattr(f"{plan_module}.analyse", lying)
+    monkeypatch.setattr(Reading, "find", lying)
     with pytest.raises(PruningError, match="but differs by up to"):
         td.prune(chain(4), 2, X)
 

@@ -21,7 +21,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import taildropout as td
-from taildropout.showing.report import SHOWN, report, separation
+from taildropout.showing.explore import SHOWN
+from taildropout.showing.report import report
 
 HEIGHT, WIDTH, N = 3, 4, 5
 
@@ -80,7 +81,7 @@ def side_by_side(images, low, high, shape=(HEIGHT, WIDTH)):
 
 def test_a_scree_alone_gives_the_curve_and_the_choice(tmp_path, model, inputs):
     scree = measured(model, inputs)
-    report(tmp_path / "report.html", scree, tolerance=0.3, title="Mine")
+    report(None, scree, None, tmp_path / "report.html", tolerance=0.3, title="Mine")
     page = data_of(tmp_path / "report.html")
     losses = torch.stack(
         [(cut_by_hand(model, inputs, k) - inputs).square().mean(1) for k in range(N + 1)]
@@ -95,7 +96,7 @@ def test_a_scree_alone_gives_the_curve_and_the_choice(tmp_path, model, inputs):
 
 
 def test_parameters_and_flops_are_those_of_a_network_of_that_width(tmp_path, model, inputs):
-    report(tmp_path / "report.html", measured(model, inputs), model, inputs)
+    report(model, measured(model, inputs), inputs, tmp_path / "report.html")
     costs = data_of(tmp_path / "report.html")["costs"]
     pixels = HEIGHT * WIDTH
     multiplications = [pixels * 7 + 7 * k + k * pixels for k in range(N + 1)]
@@ -107,7 +108,7 @@ def test_parameters_and_flops_are_those_of_a_network_of_that_width(tmp_path, mod
 def test_the_pictures_are_what_the_network_gives_at_each_k(tmp_path, model, inputs, shape):
     inputs = 3 * inputs - 1  # the darkest pixel is black, the brightest white
     scree = measured(model, inputs)
-    report(tmp_path / "report.html", scree, model, inputs, image_shape=shape)
+    report(model, scree, inputs, tmp_path / "report.html", image_shape=shape)
     page = data_of(tmp_path / "report.html")["images"]
     low, high = inputs.min(), inputs.max()
     shown = inputs[:SHOWN]
@@ -132,7 +133,7 @@ def test_images_with_three_channels_are_in_colour(tmp_path):
         nn.Unflatten(1, (3, 2, 3)),
     )
     inputs = torch.rand(5, 3, 2, 3)
-    report(tmp_path / "report.html", measured(model, inputs), model, inputs)
+    report(model, measured(model, inputs), inputs, tmp_path / "report.html")
     page = data_of(tmp_path / "report.html")["images"]
     shades = 255 * (inputs - inputs.min()) / (inputs.max() - inputs.min())
     expected = np.concatenate(list(shades.round().byte().permute(0, 2, 3, 1).numpy()), axis=1)
@@ -151,10 +152,10 @@ def moved_by_hand(model, inputs, j):
 
 def test_a_panel_moves_one_feature_and_leaves_the_others(tmp_path, model, inputs):
     report(
-        tmp_path / "report.html",
-        measured(model, inputs),
         model,
+        measured(model, inputs),
         inputs,
+        tmp_path / "report.html",
         image_shape=(HEIGHT, WIDTH),
     )
     panels = data_of(tmp_path / "report.html")["panels"]
@@ -167,7 +168,7 @@ def test_a_panel_moves_one_feature_and_leaves_the_others(tmp_path, model, inputs
 
 
 def test_without_images_a_panel_has_the_outputs_that_change_most(tmp_path, model, inputs):
-    report(tmp_path / "report.html", measured(model, inputs), model, inputs)
+    report(model, measured(model, inputs), inputs, tmp_path / "report.html")
     panels = data_of(tmp_path / "report.html")["panels"]
     swept = torch.stack([moved_by_hand(model, inputs, j)[1] for j in range(N)])
     change = (swept.amax(1) - swept.amin(1)).amax(0)
@@ -182,7 +183,7 @@ def test_the_first_16_of_many_features_have_a_panel(tmp_path):
     scree = measured(
         model, inputs, torch.zeros(9, dtype=torch.long), nn.CrossEntropyLoss(), ks=[20]
     )
-    report(tmp_path / "report.html", scree, model, inputs)
+    report(model, scree, inputs, tmp_path / "report.html")
     panels = data_of(tmp_path / "report.html")["panels"]
     assert (panels["n"], len(panels["values"]), panels["outputs"]) == (20, 16, [0, 1, 2])
 
@@ -190,10 +191,10 @@ def test_the_first_16_of_many_features_have_a_panel(tmp_path):
 def test_the_scatter_has_every_class_and_its_separation(tmp_path, model, inputs):
     names = classes(40)
     report(
-        tmp_path / "report.html",
-        measured(model, inputs),
         model,
+        measured(model, inputs),
         inputs,
+        tmp_path / "report.html",
         labels=names,
         contrast={"footwear": ["boot"], "the rest": ["shirt", "bag"]},
     )
@@ -220,18 +221,10 @@ def test_labels_may_be_a_tensor_of_numbers(tmp_path, model, inputs):
     labels = torch.arange(40) % 2
     contrast = {"even": [0], "odd": [1]}
     scree = measured(model, inputs)
-    report(tmp_path / "report.html", scree, model, inputs, labels=labels, contrast=contrast)
+    report(model, scree, inputs, tmp_path / "report.html", labels=labels, contrast=contrast)
     scatter = data_of(tmp_path / "report.html")["scatter"]
     assert [group["name"] for group in scatter["groups"]] == ["0", "1"]
     assert scatter["contrast"]["auc"] == scatter["pairs"]["median"]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_separation_is_the_area_under_the_roc_curve(seed):
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randint(0, 6, (size,), generator=generator) for size in (30, 20))  # with ties
-    area = roc_auc_score([1] * 30 + [0] * 20, torch.cat([a, b]).numpy())
-    assert separation(a, b) == pytest.approx(max(area, 1 - area))
 
 
 # --- models of other kinds ----------------------------------------------------------------------
@@ -249,7 +242,7 @@ class Residual(nn.Module):
 def test_what_goes_around_the_layer_forbids_panels_and_nothing_else(tmp_path):
     torch.manual_seed(0)
     model, inputs = Residual(), torch.randn(12, 4)
-    report(tmp_path / "report.html", measured(model, inputs), model, inputs, labels=classes(12))
+    report(model, measured(model, inputs), inputs, tmp_path / "report.html", labels=classes(12))
     page = data_of(tmp_path / "report.html")
     assert "around the layer" in page["panels"]["why_not"]
     assert len(page["costs"]["parameters"]) == 5
@@ -262,7 +255,7 @@ def test_maps_have_no_single_number_to_move(tmp_path):
         nn.Conv2d(1, 3, 3, padding=1), td.TailDropout(dropout_dim=1), nn.Conv2d(3, 1, 3, padding=1)
     )
     inputs = torch.rand(6, 1, 5, 4)
-    report(tmp_path / "report.html", measured(model, inputs), model, inputs)
+    report(model, measured(model, inputs), inputs, tmp_path / "report.html")
     page = data_of(tmp_path / "report.html")
     assert "maps or sequences" in page["panels"]["why_not"]
     assert len(page["images"]["outputs"]) == 4
@@ -281,7 +274,7 @@ def test_where_the_network_cannot_be_pruned_the_page_says_why(tmp_path):
     inputs = torch.rand(8, 4)
     with pytest.raises(td.PruningError) as refusal:
         td.plan_pruning(model, 1, inputs[:2])
-    report(tmp_path / "report.html", measured(model, inputs, torch.zeros(8, 2)), model, inputs)
+    report(model, measured(model, inputs, torch.zeros(8, 2)), inputs, tmp_path / "report.html")
     page = data_of(tmp_path / "report.html")
     assert page["costs"]["why_not"].partition("\n")[0] == str(refusal.value).partition("\n")[0]
     assert len(page["panels"]["values"]) == 3
@@ -301,7 +294,7 @@ def test_inputs_may_be_a_tuple_or_a_dict(tmp_path, pack):
     torch.manual_seed(0)
     model, inputs = Pair(), pack(torch.randn(9, 4), torch.randn(9, 4))
     scree = measured(model, inputs, torch.zeros(9, 2))
-    report(tmp_path / "report.html", scree, model, inputs)
+    report(model, scree, inputs, tmp_path / "report.html")
     page = data_of(tmp_path / "report.html")
     assert page["costs"]["parameters"] == [2, 9, 16, 23]  # 5 k + k + 2 and what comes with it
     assert len(page["panels"]["curves"]) == 3
@@ -310,7 +303,10 @@ def test_inputs_may_be_a_tuple_or_a_dict(tmp_path, pack):
 def test_losses_that_are_not_finite_are_left_out(tmp_path):
     loss = torch.tensor([float("inf"), float("nan"), 1.0], dtype=torch.float64)
     report(
-        tmp_path / "report.html", td.Scree("1", [0, 1, 2], loss, 1, torch.full((3, 3), torch.nan))
+        None,
+        td.Scree("1", [0, 1, 2], loss, 1, torch.full((3, 3), torch.nan)),
+        None,
+        tmp_path / "report.html",
     )
     page = data_of(tmp_path / "report.html")
     assert page["loss"] == [None, None, 1.0]
@@ -324,7 +320,7 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
 
 def test_nothing_is_loaded_from_anywhere(tmp_path, model, inputs):
     path = tmp_path / "report.html"
-    report(path, measured(model, inputs), model, inputs, image_shape=(HEIGHT, WIDTH))
+    report(model, measured(model, inputs), inputs, path, image_shape=(HEIGHT, WIDTH))
     html = path.read_text()
     assert "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'" in html
     own = html.replace(get_plotlyjs(), "")
@@ -333,14 +329,15 @@ def test_nothing_is_loaded_from_anywhere(tmp_path, model, inputs):
     assert path.stat().st_size < 8e6
 
 
+@pytest.mark.slow
 def test_the_same_arguments_give_the_same_file(tmp_path, model, inputs):
     for name in ("a", "b"):
         torch.manual_seed(len(name))
         report(
-            tmp_path / name,
-            measured(model, inputs),
             model,
+            measured(model, inputs),
             inputs,
+            tmp_path / name,
             labels=classes(40),
             image_shape=(HEIGHT, WIDTH),
         )
@@ -350,7 +347,7 @@ def test_the_same_arguments_give_the_same_file(tmp_path, model, inputs):
 def test_names_cannot_end_the_script_that_they_are_in(tmp_path, model, inputs):
     nasty = "</script><script>throw 1</script><!--"
     path = tmp_path / "report.html"
-    report(path, measured(model, inputs), model, inputs, labels=[nasty] * 40, title=nasty)
+    report(model, measured(model, inputs), inputs, path, labels=[nasty] * 40, title=nasty)
     assert nasty not in path.read_text()
     page = data_of(path)
     assert page["title"] == page["scatter"]["groups"][0]["name"] == nasty
@@ -373,7 +370,7 @@ def test_the_model_comes_back_as_it_was(tmp_path, model, inputs):
     model[1].set_k(2)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = state(model)
-    report(tmp_path / "report.html", scree, model, inputs, labels=classes(40))
+    report(model, scree, inputs, tmp_path / "report.html", labels=classes(40))
     assert state(model) == before
     assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
 
@@ -385,22 +382,23 @@ def test_after_an_error_the_model_and_the_old_file_are_as_they_were(tmp_path, mo
     model.train()
     before = state(model)
     with pytest.raises(ValueError, match="contrast must be two groups of labels that occur"):
-        report(path, scree, model, inputs, labels=classes(40), contrast={"a": ["boot"], "b": ["x"]})
+        report(model, scree, inputs, path, labels=classes(40), contrast={"a": ["boot"], "b": ["x"]})
     assert state(model) == before
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_a_page_that_would_be_too_large_is_not_written(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(90_000, 1), td.TailDropout(), nn.Linear(1, 90_000))
     inputs = torch.rand(24, 90_000)
     with pytest.raises(ValueError, match=r"must stay below 8 MB, got .*: give fewer or smaller"):
         report(
-            tmp_path / "report.html",
-            measured(model, inputs),
             model,
+            measured(model, inputs),
             inputs,
+            tmp_path / "report.html",
             image_shape=(300, 300),
         )
     assert list(tmp_path.iterdir()) == []
@@ -416,7 +414,8 @@ def test_a_page_that_would_be_too_large_is_not_written(tmp_path):
         ({"labels": [1, 2]}, "one for each of the 40 samples of inputs, got 2"),
         ({"image_shape": (5, 5)}, r"image_shape must be .* got \(1, 5, 5\) for inputs of shape"),
         ({"image_shape": (2, 2, 3)}, r"1 or 3 channels"),
-        ({"model": nn.Linear(12, 1)}, "must have the layer that was measured, '1', got .* \\[\\]"),
+        ({"model": nn.Linear(12, 1)}, "model must contain a TailDropout layer"),
+        ({"model": nn.Sequential(td.TailDropout())}, r"one of the model's .* \['0'\], got '1'"),
         ({"inputs": torch.zeros(0, 12)}, r"one number of samples, got \[0\]"),
         ({"tolerance": -1}, "tolerance must be at least 0, got -1"),
     ],
@@ -424,7 +423,7 @@ def test_a_page_that_would_be_too_large_is_not_written(tmp_path):
 def test_errors_say_what_is_needed(tmp_path, model, inputs, arguments, words):
     given = {"scree": measured(model, inputs), "model": model, "inputs": inputs} | arguments
     with pytest.raises(ValueError, match=words):
-        report(tmp_path / "report.html", **given)
+        report(**given, path=tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -433,20 +432,20 @@ def test_a_missing_extra_is_named_with_the_command_that_mends_it(monkeypatch, tm
     monkeypatch.setitem(sys.modules, missing, None)
     scree = td.Scree("1", [0, 1], torch.tensor([2.0, 1.0]), 9, torch.eye(2))
     with pytest.raises(ImportError, match=r"pip install 'taildropout\[report\]'"):
-        report(tmp_path / "report.html", scree)
+        report(None, scree, None, tmp_path / "report.html")
 
 
 # --- in a browser -----------------------------------------------------------------------------
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="Chromium is not here: apt-get install chromium chromium-driver",
+)
 
 
-def needs_chromium(test):
-    here = pytest.mark.skipif(
-        not (CHROMIUM and DRIVER),
-        reason="Chromium is not here: apt-get install chromium chromium-driver",
-    )
-    return pytest.mark.browser(here(test))
+def in_chromium(test):
+    return pytest.mark.browser(needs_chromium(test))
 
 
 FLAGS = [
@@ -484,10 +483,10 @@ def pages(tmp_path_factory):
     model = autoencoder()
     inputs = torch.rand(40, HEIGHT * WIDTH, generator=torch.Generator().manual_seed(2))
     report(
-        folder / "everything.html",
-        measured(model, inputs),
         model,
+        measured(model, inputs),
         inputs,
+        folder / "everything.html",
         labels=classes(40),
         contrast={"footwear": ["boot"], "shirts": ["shirt"]},
         image_shape=(HEIGHT, WIDTH),
@@ -498,8 +497,8 @@ def pages(tmp_path_factory):
     targets = torch.arange(20) % 2
     few = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
     scree = measured(classifier, few, targets, nn.CrossEntropyLoss())
-    report(folder / "classifier.html", scree, classifier, few, labels=targets)
-    report(folder / "scree.html", scree)
+    report(classifier, scree, few, folder / "classifier.html", labels=targets)
+    report(None, scree, None, folder / "scree.html")
     return folder
 
 
@@ -542,7 +541,7 @@ def shown_picture(driver, i):
     return decoded(url)[:, :, 0]
 
 
-@needs_chromium
+@in_chromium
 def test_the_arrow_keys_move_k_and_all_that_follows_it(chromium, pages):
     page = data_of(pages / "everything.html")
     driver = opened(chromium, pages / "everything.html")
@@ -581,7 +580,7 @@ def test_the_arrow_keys_move_k_and_all_that_follows_it(chromium, pages):
     assert driver.get_log("browser") == []
 
 
-@needs_chromium
+@in_chromium
 def test_a_click_on_an_image_shows_its_own_error(chromium, pages):
     page = data_of(pages / "everything.html")
     driver = opened(chromium, pages / "everything.html")
@@ -600,7 +599,7 @@ def test_a_click_on_an_image_shows_its_own_error(chromium, pages):
     assert buttons[5].text.splitlines()[1] == f"error {page['images']['errors'][5][N]:#.3g}"
 
 
-@needs_chromium
+@in_chromium
 def test_a_click_on_the_curve_moves_the_slider(chromium, pages):
     driver = opened(chromium, pages / "everything.html")
     x, y = driver.execute_script(
@@ -616,7 +615,7 @@ def test_a_click_on_the_curve_moves_the_slider(chromium, pages):
     assert driver.find_element(By.ID, "k").get_attribute("value") == "2"
 
 
-@needs_chromium
+@in_chromium
 def test_pointing_shows_values(chromium, pages):
     page = data_of(pages / "everything.html")
     driver = opened(chromium, pages / "everything.html")
@@ -632,7 +631,7 @@ def test_pointing_shows_values(chromium, pages):
     )
 
 
-@needs_chromium
+@in_chromium
 def test_the_scatter_and_its_number_are_there(chromium, pages):
     page = data_of(pages / "everything.html")
     driver = opened(chromium, pages / "everything.html")
@@ -643,7 +642,7 @@ def test_the_scatter_and_its_number_are_there(chromium, pages):
     assert text(driver, "h1") == "A <b>title</b>"
 
 
-@needs_chromium
+@in_chromium
 @pytest.mark.parametrize("name", ["everything", "classifier", "scree"])
 @pytest.mark.parametrize("width", [1100, 360])
 def test_nothing_sticks_out_and_the_console_is_empty(chromium, pages, name, width):
@@ -661,7 +660,7 @@ def test_nothing_sticks_out_and_the_console_is_empty(chromium, pages, name, widt
     assert driver.get_log("browser") == []
 
 
-@needs_chromium
+@in_chromium
 def test_sections_without_anything_to_show_are_hidden(chromium, pages):
     def sections(name):
         driver = opened(chromium, pages / f"{name}.html")
@@ -683,7 +682,7 @@ def brightness(colour):
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
 
-@needs_chromium
+@in_chromium
 def test_dark_mode_is_dark_in_the_plots_too(chromium, pages):
     def colours(driver):
         return driver.execute_script(
@@ -705,7 +704,7 @@ def test_dark_mode_is_dark_in_the_plots_too(chromium, pages):
     assert max(texts) < 100
 
 
-@needs_chromium
+@in_chromium
 def test_focus_can_be_seen(chromium, pages):
     driver = opened(chromium, pages / "everything.html")
     driver.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
