@@ -3,6 +3,7 @@ import itertools
 import math
 import pickle
 from collections import Counter
+from dataclasses import dataclass
 
 import mpmath
 import numpy as np
@@ -456,6 +457,26 @@ def test_a_pmf_of_the_users_own_may_change_between_calls():
     lengths.values = torch.tensor([0.0, 1.0], dtype=torch.float64)
     after = draw(lengths, 1, 3)
     assert (before.tolist(), after.tolist()) == ([0, 0, 0], [1, 1, 1])
+
+
+ASKED: list[int] = []
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Lengths that hash by value."""
+
+    first: float = 0.5
+
+    def pmf(self, n):
+        ASKED.append(n)
+        return torch.tensor([self.first, 1 - self.first], dtype=torch.float64)
+
+
+def test_the_table_of_lengths_that_hash_by_value_is_made_once():
+    for first in (1.0, 1.0, 0.0, 1.0):
+        assert draw(Halves(first), 1, 3).tolist() == [int(1 - first)] * 3
+    assert ASKED == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from taildropout.functional import keep_prefix, tail_dropout
+from taildropout.functional import keep_prefix, tail_dropout, tail_mlp
 from taildropout.lengths import Exponential, Sizes, Uniform
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
@@ -354,6 +354,14 @@ def test_vmap_over_the_input(k, dim, in_dim):
     x = torch.randn(5, 3, 3)
     output = torch.vmap(lambda x: keep_prefix(x, k, dim), in_dims=in_dim)(x.movedim(0, in_dim))
     assert_same_bits(output, torch.stack([slow_keep_prefix(row, k, dim) for row in x]))
+
+
+def test_under_vmap_a_k_above_n_keeps_everything():
+    """Nobody can look at the values of k there."""
+    x = torch.randn(3, 4)
+    output = torch.vmap(lambda k: keep_prefix(x, k))(torch.tensor([2, 4, 9]))
+    assert_close(output[0], keep_prefix(x, 2), rtol=0, atol=0)
+    assert_close(output[1:], x.expand(2, 3, 4), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 3, 1)], ids=["int", "per sample", "broadcast"])
@@ -739,3 +747,13 @@ def test_a_first_draw_with_unusual_tensors_does_not_spoil_the_next(
     output.sum().backward()
     assert_drawn_from(lengths_of(output), Exponential(p).pmf(5))
     assert_same_bits(x.grad, output)
+
+
+def test_lengths_without_a_pmf_are_refused():
+    """As the layer refuses them."""
+    x, weight = torch.randn(2, 3), torch.randn(3, 3)
+    message = r"lengths must have a pmf\(n\), as lengths.Uniform\(\) has, got 3"
+    with pytest.raises(TypeError, match=message):
+        tail_dropout(x, lengths=3)
+    with pytest.raises(TypeError, match=message):
+        tail_mlp(x, weight, None, weight, None, lengths=3)

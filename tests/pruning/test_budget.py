@@ -142,3 +142,20 @@ def test_the_plot_shows_the_path(path):
     assert line.get_xdata()[0] == 1
     assert line.get_xdata()[-1] <= 0.5
     assert_close(list(line.get_ydata()), [step.loss for step in path.steps], rtol=1e-6, atol=0)
+
+
+def test_of_steps_that_cost_nothing_the_one_that_saves_most_is_taken():
+    """246 parameters, at most 123 to stay: four features of the first layer save 37 each, less than
+    needed together; 18 of the 32 of the second, at 7 each, are the fewest that are enough."""
+    model = nn.Sequential(
+        *(nn.Linear(4, 4), td.TailDropout(), nn.Linear(4, 32)),
+        *(td.TailDropout(), nn.Linear(32, 2)),
+    )
+
+    def indifferent(output, target):
+        return 0 * output[:, 0] + 1
+
+    data = [(torch.randn(8, 4), torch.zeros(8))]
+    path = td.choose_widths(model, indifferent, data, 0.5, torch.randn(2, 4), progress=False)
+    assert path.widths == {"1": 4, "3": 14}
+    assert [step.cost for step in path.steps] == [246, 246 - 18 * 7]
