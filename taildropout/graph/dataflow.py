@@ -6,7 +6,7 @@ resolution that the model takes, and a size that the model fixes is a number.
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -96,10 +96,15 @@ class Dataflow:
         n: the number of features of each layer that the model calls with one number of them.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        knows: Callable[[Any], bool] = lambda target: True,
+    ) -> None:
         self.model = model
         self.layers = tail_dropouts(model)
-        program = _exported(model, example_inputs)
+        program = _exported(model, example_inputs, knows)
         nodes: list[fx.Node] = list(program.graph.nodes)
         self._tensors: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, list[str]] = {}
@@ -219,7 +224,7 @@ class Dataflow:
         return operation.run({source: self.constant(source) for source in operation.sources})
 
 
-def _exported(model: nn.Module, example_inputs: Inputs) -> Any:
+def _exported(model: nn.Module, example_inputs: Inputs, knows: Callable[[Any], bool]) -> Any:
     traced = structural_copy(model).eval()
     for name, layer in tail_dropouts(traced).items():
 
@@ -235,17 +240,17 @@ def _exported(model: nn.Module, example_inputs: Inputs) -> Any:
         raise PruningError("the example inputs must hold at least one sample")
     symbols = [set(range(x.ndim)) for x in tensors]  # the dims whose size is one
     try:
-        program = _export(traced, example_inputs, tensors, symbols)
+        program = _export(traced, example_inputs, tensors, symbols, knows)
         tied = _tied_to_numbers(program)
         if any(tied):
             symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
-            program = _export(traced, example_inputs, tensors, symbols)
+            program = _export(traced, example_inputs, tensors, symbols, knows)
         if not any(_tied_to_numbers(program)):
             return program
     except Exception:  # the sizes of some models can't be symbols
         pass
     try:
-        return _export(traced, example_inputs, tensors, [set() for _ in tensors])
+        return _export(traced, example_inputs, tensors, [set() for _ in tensors], knows)
     except Exception as error:
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
@@ -254,7 +259,11 @@ def _exported(model: nn.Module, example_inputs: Inputs) -> Any:
 
 
 def _export(
-    model: nn.Module, example_inputs: Inputs, tensors: list[Tensor], symbols: list[set[int]]
+    model: nn.Module,
+    example_inputs: Inputs,
+    tensors: list[Tensor],
+    symbols: list[set[int]],
+    knows: Callable[[Any], bool],
 ) -> Any:
     args, kwargs = as_arguments(example_inputs)
     sizes = ShapesCollection()
@@ -269,7 +278,7 @@ def _export(
             dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
             strict=False,
         )
-        if _needs_decomposing(program.graph):
+        if _needs_decomposing(program.graph, knows):
             program = program.run_decompositions({})
     return program
 
@@ -311,12 +320,16 @@ def _sizes_are_symbols() -> AbstractContextManager[None]:
     return patched
 
 
-def _needs_decomposing(graph: fx.Graph) -> bool:
-    """Where something is changed in place, values are no values; and no layer is to be hidden."""
+def _needs_decomposing(graph: fx.Graph, knows: Callable[[Any], bool]) -> bool:
+    """Where something is changed in place, values are no values; no layer is to be hidden; and
+    what torch writes in terms of simpler operations may be of ones that are known."""
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
-    hidden = any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
-    schemas = [t._schema for t in targets if isinstance(t, torch._ops.OpOverload)]
-    return hidden or any(schema.is_mutable for schema in schemas)
+    if any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets):
+        return True
+    operations = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
+    return any(
+        op._schema.is_mutable or (op._can_decompose() and not knows(op)) for op in operations
+    )
 
 
 def is_tensor(node: fx.Node) -> bool:

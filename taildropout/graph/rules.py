@@ -59,10 +59,11 @@ class Rule:
 
 def rule_of(operation: Operation) -> Rule | None:
     """The entry of an operation. Elementwise functions are known by torch's tag for them."""
-    rule = RULES.get(operation.target)
-    if rule is None and torch.Tag.pointwise in getattr(operation.target, "tags", ()):
-        return ELEMENTWISE
-    return rule
+    return RULES.get(operation.target) or (ELEMENTWISE if is_known(operation.target) else None)
+
+
+def is_known(target: Any) -> bool:
+    return target in RULES or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 class Sayings:
@@ -479,16 +480,12 @@ RULES: dict[Any, Rule] = {
         ),
         ELEMENTWISE,
     ),
-    **_each(
-        (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default),
-        Rule(_nothing, all_of(0.0), runs_on_nothing=True),
-    ),
-    **_each(
-        (aten.ones_like.default, aten.ones.default, aten.new_ones.default),
-        Rule(_nothing, all_of(1.0), runs_on_nothing=True),
-    ),
+    aten.zeros_like.default: Rule(_elementwise, all_of(0.0), runs_on_nothing=True),
+    aten.ones_like.default: Rule(_elementwise, all_of(1.0), runs_on_nothing=True),
+    aten.full_like.default: Rule(_elementwise, all_of_argument(1), runs_on_nothing=True),
+    aten.zeros.default: Rule(_nothing, all_of(0.0)),
+    aten.ones.default: Rule(_nothing, all_of(1.0)),
     aten.full.default: Rule(_nothing, all_of_argument(1)),
-    aten.full_like.default: Rule(_nothing, all_of_argument(1)),
     # Products.
     aten.linear.default: Rule(_linear, fold=_as_they_are, runs_on_nothing=True),
     aten.addmm.default: Rule(_product(1, 2, bias_at=0), fold=_as_they_are),

@@ -9,7 +9,7 @@ from ..functional.checks import check_k_at_most
 from ..graph.dataflow import Dataflow, layer_dim
 from ..graph.features import Solution, contribution, name_of_bias, solve
 from ..graph.relations import Place
-from ..graph.rules import Sayings
+from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.inputs import Inputs
@@ -68,7 +68,7 @@ class Reading:
     """The dataflow of a model, read once and solved for any ks."""
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
-        self.flow = Dataflow(model, example_inputs)
+        self.flow = Dataflow(model, example_inputs, is_known)
         self._sayings = Sayings()
 
     def find(self, k: dict[str, int], *, trust_sizes: bool = True) -> Findings:
