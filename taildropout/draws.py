@@ -105,10 +105,11 @@ def most_above(lengths: Lengths, n: int, k: int, count: int) -> int:
     """How many of `count` stratified draws are above k at most: a number known before drawing.
 
     ceil(count * P(K > k)), since the entry i of a draw comes from a number below (i + 1) / count.
-    The slack is for rounding, of P, of its product, and of that number to (i + 1) / count itself:
-    one too many costs little, one too few would be wrong.
+    The slack is for rounding, of that number to (i + 1) / count itself and of the table, a running
+    sum of n + 1 terms: one too many costs little, one too few would be wrong.
     """
-    return min(count, math.ceil(count * (_probability_above(lengths, n, k) + 1e-12)))
+    slack = 1e-15 * (n + 10)
+    return min(count, math.ceil(count * (_probability_above(lengths, n, k) + slack)))
 
 
 def _probability_above(lengths: Lengths, n: int, k: int) -> float:

@@ -529,3 +529,22 @@ def test_how_many_draws_exceed_k_is_bounded_before_drawing(p, n, count, seed):
         limit = most_above(lengths, n, bound, count)
         assert int((k > bound).sum()) <= limit
         assert limit <= math.ceil(count * float(lengths.pmf(n)[bound + 1 :].sum()) + 1e-6)
+
+
+@pytest.mark.parametrize("n", [13, 1000, 10**5, 10**6])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_running_sum_is_off_by_less_than_the_slack(lengths, n):
+    cdf = lengths.pmf(n).cumsum(0)
+    for k in {0, 1, 3, 7, n // 4, n // 2, 3 * n // 4, n - 1}:
+        assert abs(1 - float(cdf[k] / cdf[-1]) - lengths.above(n, k)) < 1e-15 * (n + 10)
+
+
+def test_lengths_may_have_a_formula_for_the_probability_above():
+    class WithFormula(OwnLengths):
+        def above(self, n, k):
+            return 0.3
+
+    pmf = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    assert most_above(WithFormula(pmf), 2, 0, 100) == 31
+    assert most_above(OwnLengths(pmf), 2, 0, 100) == 51
+    assert most_above(OwnLengths(pmf), 2, 1, 7) == 2
