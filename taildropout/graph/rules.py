@@ -337,10 +337,10 @@ def _glu(operation: Operation) -> Iterator[Saying]:
 
 def _cosine_similarity(operation: Operation) -> Iterator[Saying]:
     input, other = operation.args[:2]
-    if shape(input) != shape(other):
-        return
     rank = len(shape(input))
     along = operation.arg(2, "dim", 1) % rank
+    if len(shape(other)) != rank or shape(input)[along] != shape(other)[along]:
+        return
     yield from same((input, along), (other, along))
     for source in dict.fromkeys((input, other)):
         yield from read(operation, (source, along))
@@ -398,7 +398,7 @@ def _of_grouped_convolution(operation: Operation, dim: int, facts: Any) -> Any:
     bias = operation.arg(2, "bias")
     if operation.arg(6, "groups", 1) == 1 or dim != 1:
         return None
-    known = zeros_from_related(operation, dim, facts)
+    known = zeros_from_any(0)(operation, dim, facts)
     if known is None or bias is None:
         return known
     of_bias = facts.at((bias, 0))
@@ -417,6 +417,16 @@ def _unpadded(padding_at: int) -> Transfer:
         return (from_related if of_all else zeros_from_related)(operation, dim, facts)
 
     return transfer
+
+
+def _of_normalised_zeros(operation: Operation, dim: int, facts: Any) -> Any:
+    """Along other dims: zeros make the bias, where that is one number."""
+    known = facts.at((operation.args[0], dim))
+    bias = operation.arg(3, "bias")
+    value = 0.0 if bias is None else facts.uniform(bias)
+    if value is None or dim in _normalised(operation, len(shape(operation.output))):
+        return None
+    return type(known).of(known.zero, torch.full_like(known.value, value))
 
 
 def _of_statistics(operation: Operation, dim: int, facts: Any) -> Any:
@@ -598,7 +608,8 @@ RULES: dict[Any, Rule] = {
         getattr(aten, f"avg_pool{d}d").default: Rule(_all_but(_last(d)), _unpadded(3))
         for d in (1, 2, 3)
     },
-    **_each((aten.layer_norm.default, aten.rms_norm.default), Rule(_all_but(_normalised))),
+    aten.layer_norm.default: Rule(_all_but(_normalised), _of_normalised_zeros),
+    aten.rms_norm.default: Rule(_all_but(_normalised), zeros_from_related),
     aten.group_norm.default: Rule(_all_but(lambda operation, rank: range(1, rank))),
     **_each(
         (aten.mean.dim, aten.amax.default, aten.amin.default),
