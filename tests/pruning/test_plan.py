@@ -27,6 +27,8 @@ from torch.testing import assert_close
 import taildropout as td
 from taildropout import PruningError, TailDropout
 
+pytestmark = pytest.mark.slow  # many alike
+
 # ------------------------------------------------------------------------------------ the promise
 
 ACTIVATIONS = [
