@@ -323,13 +323,20 @@ def _sizes_are_symbols() -> AbstractContextManager[None]:
 def _needs_decomposing(graph: fx.Graph, knows: Callable[[Any], bool]) -> bool:
     """Where something is changed in place, values are no values; no layer is to be hidden; and
     what torch writes in terms of simpler operations may be of ones that are known."""
-    targets = [node.target for node in graph.nodes if node.op == "call_function"]
-    if any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets):
-        return True
-    operations = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
-    return any(
-        op._schema.is_mutable or (op._can_decompose() and not knows(op)) for op in operations
-    )
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(node.target, torch._ops.OpOverload) and (
+            node.target._schema.is_mutable
+            or (_makes_floats(node) and node.target._can_decompose() and not knows(node.target))
+        ):
+            return True
+    return False
+
+
+def _makes_floats(node: fx.Node) -> bool:
+    made = tree_leaves(node.meta.get("val"))
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in made)
 
 
 def is_tensor(node: fx.Node) -> bool:

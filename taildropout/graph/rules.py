@@ -29,7 +29,7 @@ from .constants import (
 )
 from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, shape
 from .moving import Taken
-from .relations import Saying, dims_alike, read, related, same
+from .relations import Relation, Saying, dims_alike, read, related, same
 
 aten = torch.ops.aten
 
@@ -95,6 +95,8 @@ def _layer(operation: Operation, ks: dict[str, int]) -> Iterator[Saying]:
     input, output, dim = operation.args[0], operation.output, layer_dim(operation)
     yield from dims_alike(input, output, [d for d in range(len(shape(output))) if d != dim])
     n, out_n, k = count_of((input, dim)), count_of((output, dim)), ks.get(operation.args[1])
+    if n is None and out_n is not None:  # a fitted layer, which takes any number from outside
+        yield Relation((output, dim), ())
     if n is not None and out_n is not None:
         before, after = torch.arange(n), torch.arange(out_n)
         if k is not None:
