@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .constants import Known
-from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, module_of, shape, where
+from .dataflow import Dataflow, Operation, count_of, layer_dim, module_of, where
+from .exports import LAYER, shape
 from .relations import Made, Place, Read, Relation, Saying
 from .rules import Rule, belongs_to_attention, rule_of
 

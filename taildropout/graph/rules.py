@@ -27,7 +27,8 @@ from .constants import (
     zeros_from_any_factor,
     zeros_from_related,
 )
-from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, shape
+from .dataflow import Dataflow, Operation, count_of, layer_dim
+from .exports import LAYER, shape
 from .moving import Taken
 from .relations import Relation, Saying, dims_alike, read, related, same
 

@@ -95,7 +95,7 @@ class Reading:
             _cuts(flow, found),
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
-            list(_stays(flow, found, k)),
+            list(dict.fromkeys(_stays(flow, found, k))),
         )
 
 
