@@ -66,6 +66,7 @@ class Dataflow:
         users: the operations that read a value.
         returned: values that the model returns.
         names: of parameters and buffers; tied ones have several.
+        same: the value that stands for a node, where several are one tensor.
         layers: the model's TailDropouts by name.
         n: the number of features of each layer that the model calls with one number of them.
     """
@@ -81,17 +82,17 @@ class Dataflow:
         self.returned: set[fx.Node] = set()
         self.names: dict[fx.Node, list[str]] = {}
         self._tensors: dict[fx.Node, Tensor] = {}
-        same: dict[fx.Node, fx.Node] = {}
+        self.same: dict[fx.Node, fx.Node] = {}
         for export in self.paths.exports:
-            same |= self._find_tensors(export)
+            self.same |= self._find_tensors(export)
         for export in self.paths.exports:
             for node in export.nodes:
                 if node.op == "output":
-                    self.returned |= set(_values_in(node.args, same))
-                elif is_tensor(node) and same.get(node, node) is node and _is_used(node):
+                    self.returned |= set(_values_in(node.args, self.same))
+                elif is_tensor(node) and self.same.get(node, node) is node and _is_used(node):
                     self.values.append(node)
                     if node.op != "placeholder":
-                        self.operations[node] = self._operation(node, same)
+                        self.operations[node] = self._operation(node)
         self.users: dict[fx.Node, list[Operation]] = {node: [] for node in self.values}
         for operation in self.operations.values():
             for source in operation.sources:
@@ -120,7 +121,8 @@ class Dataflow:
                     self.names[node] = names.get(id(value), [])
         return same
 
-    def _operation(self, node: fx.Node, same: Mapping[fx.Node, fx.Node]) -> Operation:
+    def _operation(self, node: fx.Node) -> Operation:
+        same = self.same
         picked = node.target is operator.getitem
         call: Any = node.args[0] if picked else node
         args, kwargs = fx.node.map_arg((call.args, dict(call.kwargs)), lambda n: same.get(n, n))

@@ -8,7 +8,7 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -43,22 +43,25 @@ class Solution:
         return self.stays[place] == 0
 
 
-def solve(flow: Dataflow, say: Say, ks: dict[str, int], trust_sizes: bool = True) -> Solution:
+def solve(
+    flow: Dataflow, say: Say, ks: dict[str, int], whole: Collection[fx.Node] = ()
+) -> Solution:
     """What can go when the layers are set to `ks`.
 
-    The dataflow does not tell a reshape by sizes that stand in the model's code from one by the
-    sizes of its input. With `trust_sizes` it is taken for the latter. Without, features stay that
-    are reshaped or split.
+    The dataflow does not tell a number that was written in the model's code from one that was
+    read from a shape, and may be another when features go. Where that matters, the operations of
+    these values are in `whole`: what they read and what they compute stays.
     """
     constants = find_constants(flow, say, ks)
     ties = _reached(flow, say, ks)
     reads = _reads_of(flow, say, ties)
     kept = _Kept(flow, ties)
     kept.add(_needs(flow, say, ties))
+    kept.add(_needs_of_whole(flow, ties, whole))
     for read in reads:
         kept.add(_needs_of_read(flow, say, constants, read))
     kept.settle()
-    while kept.add(_overlooked(flow, kept.stays, ks, trust_sizes)):
+    while kept.add(_overlooked(flow, kept.stays, ks)):
         kept.settle()
     return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads)
 
@@ -303,6 +306,16 @@ def _needs(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) -> It
             yield _Need(place, None, "the output of the model", "must keep its shape")
 
 
+def _needs_of_whole(
+    flow: Dataflow, reached: Iterable[Place], whole: Collection[fx.Node]
+) -> Iterator[_Need]:
+    for place in reached:
+        for operation in _operations_at(flow, place[0]):
+            if operation.output in whole:
+                text = "has sizes in the model's code, which pruning would change"
+                yield _Need(place, None, where(operation), text)
+
+
 def _needs_of_read(flow: Dataflow, say: Say, constants: Constants, read: Read) -> Iterator[_Need]:
     """Features that are not constant, and those whose constant has no place to go."""
     can_go = _removable(flow, say, constants, read)
@@ -378,9 +391,7 @@ def name_of_bias(flow: Dataflow, read: Read) -> str | None:
 # -------------------------------------------------------------------------- what is seen later
 
 
-def _overlooked(
-    flow: Dataflow, stays: dict[Place, Tensor], ks: dict[str, int], trust_sizes: bool
-) -> Iterator[_Need]:
+def _overlooked(flow: Dataflow, stays: dict[Place, Tensor], ks: dict[str, int]) -> Iterator[_Need]:
     """What stays since other features go."""
     for place, kept in stays.items():
         gone = kept == 0
@@ -394,9 +405,6 @@ def _overlooked(
                 first = torch.arange(len(gone)) == 0
                 text = "can't be run by torch on no features"
                 yield _Need(place, first, where(operation), text)
-            if not trust_sizes and rule.has_sizes:
-                text = "has sizes in the model's code, which pruning would change"
-                yield _Need(place, None, where(operation), text)
             if rule.takes is not None and not _takes_the_same(operation, rule, stays):
                 text = "takes features by their number, which pruning would change"
                 yield _Need(place, None, where(operation), text)

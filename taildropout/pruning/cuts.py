@@ -1,6 +1,6 @@
 """What it means for parameters and buffers that features go."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -56,6 +56,7 @@ class Stay:
 class Findings:
     """What can go from a model at given ks, and what can't."""
 
+    solution: Solution
     k: dict[str, int]
     n: dict[str, int]
     cuts: list[Cut]
@@ -71,8 +72,8 @@ class Reading:
         self.flow = Dataflow(model, example_inputs, is_known)
         self._sayings = Sayings()
 
-    def find(self, k: dict[str, int], *, trust_sizes: bool = True) -> Findings:
-        """All cuts that setting `k` (by layer name) allows. `trust_sizes` as in `solve`.
+    def find(self, k: dict[str, int], whole: Collection[fx.Node] = ()) -> Findings:
+        """All cuts that setting `k` (by layer name) allows. `whole` as in `solve`.
 
         Raises:
             PruningError: the model does not call a layer, or not with one number of features.
@@ -88,8 +89,9 @@ class Reading:
             if isinstance(layer, FittedTailDropout)
         }
         ks = {**fitted, **k}
-        found = solve(flow, self._sayings.at(ks), ks, trust_sizes)
+        found = solve(flow, self._sayings.at(ks), ks, whole)
         return Findings(
+            found,
             k,
             n,
             _cuts(flow, found),

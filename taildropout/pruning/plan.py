@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.copies import PruningError, tensors_by_name, with_own_buffers
+from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-from ..models.width import Widths, at_width, layer_ks
+from ..models.width import Widths, layer_ks
 from .cost import Cost, costs_by_module
 from .cuts import Cut, Fit, Fold, Reading, Stay
+from .predicted import cut_as_predicted
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
-from .verify import Verification, difference_of, run, run_pruned, verify
+from .verify import Verification, verify
 
 FORMAT = 1
 
@@ -236,18 +237,8 @@ def plan_pruning(model: nn.Module, k: Widths, example_inputs: Inputs) -> PrunePl
 
 def _plan(model: nn.Module, k: Widths, example_inputs: Inputs, reading: Reading) -> PrunePlan:
     ks = layer_ks(model, k, reading.flow.n_of)
-    costs = _costs(with_own_buffers(model), example_inputs)
-    for trust_sizes in (True, False):
-        found = reading.find(ks, trust_sizes=trust_sizes)
-        small = with_own_buffers(model)
-        operate(small, found.cuts, found.folds, found.fits)
-        try:
-            after = _costs(small, example_inputs)
-            if not trust_sizes or _agree(model, ks, small, example_inputs):
-                break
-        except PruningError:
-            if not trust_sizes:
-                raise
+    found, small = cut_as_predicted(model, ks, reading)
+    costs, after = costs_by_module(model, example_inputs), costs_by_module(small, example_inputs)
     return PrunePlan(
         found.k,
         found.n,
@@ -283,12 +274,6 @@ def prune(model: nn.Module, k: Widths, example_inputs: Inputs) -> nn.Module:
     return plan_pruning(model, k, example_inputs).apply(model)
 
 
-def _costs(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
-    """Of every module by name, "" for the whole model."""
-    model.eval()  # with no k set
-    return costs_by_module(model, lambda: run_pruned(model, inputs))
-
-
 def _changes(
     model: nn.Module,
     small: nn.Module,
@@ -320,13 +305,6 @@ def _from_to(before: Cost, after: Cost) -> tuple[str, str]:
         f"{before.parameters:,} -> {after.parameters:,}",
         f"{before.flops:,} -> {after.flops:,}",
     )
-
-
-def _agree(model: nn.Module, ks: dict[str, int], small: nn.Module, inputs: Inputs) -> bool:
-    """Whether it seems so, on the example inputs in their own precision."""
-    large = with_own_buffers(model).eval()
-    with at_width(large, ks):
-        return difference_of(run(large, inputs), run(small, inputs)).is_rounding
 
 
 def check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:
