@@ -12,6 +12,7 @@ from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.width import Widths, layer_ks
+from .configs import fit_configs
 from .cost import Cost, costs_by_module
 from .cuts import Cut, Fit, Fold, Reading, Stay
 from .predicted import cut_as_predicted
@@ -90,6 +91,7 @@ class PrunePlan:
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
+        fit_configs(small, model)
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..models.copies import PruningError, with_own_buffers
+from ..models.copies import PruningError, with_own_buffers, without_cache
 from ..models.hooks import hooked
 from ..models.inputs import Inputs, call, of_twice_the_batch, random_like
 from ..models.width import at_width
@@ -71,7 +71,7 @@ def verify(
     examples = [example_inputs, tree_map(random_like, example_inputs)]
     if dtype is not None:
         try:
-            precise = copy.deepcopy(model).eval().to(dtype)
+            precise = without_cache(copy.deepcopy(model).eval().to(dtype))
             converted = [to_dtype(inputs, dtype) for inputs in examples]
             for inputs in converted:
                 run(precise, inputs)

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..models.copies import PruningError, structural_copy, tensors_by_name
+from ..pruning.configs import fit_configs
 from ..pruning.cuts import Cut, Fit, Fold
 from ..pruning.plan import FORMAT, PrunePlan, check_model_fits
 from ..pruning.surgery import operate
@@ -81,8 +82,10 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise PruningError(
             f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
         ) from error
+    before = structural_copy(model)
     operate(model, cuts, folds, fits)
     model.load_state_dict(tensors)
+    fit_configs(model, before)
     return model
 
 
