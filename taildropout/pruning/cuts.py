@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from ..functional.checks import check_k_at_most
 from ..graph.dataflow import Dataflow, layer_dim
 from ..graph.features import Solution, contribution, name_of_bias, solve
+from ..graph.norms import Norms
 from ..graph.relations import Place
 from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
@@ -31,6 +32,22 @@ class Fold:
 
     name: str
     constant: Tensor
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A root mean square norm that averages over `after` features instead of `before`.
+
+    Its weights are multiplied by sqrt(before / after), or what they are with `plus` is; its eps by
+    before / after.
+    """
+
+    weights: tuple[str, ...]
+    plus: float
+    module: str
+    eps: str | None  # the attribute of the module; None where there is no eps
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,7 @@ class Findings:
     folds: list[Fold]
     fits: list[Fit] = field(default_factory=list)
     stays: list[Stay] = field(default_factory=list)
+    rescales: list[Rescale] = field(default_factory=list)
 
 
 class Reading:
@@ -69,7 +87,8 @@ class Reading:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
         self.flow = Dataflow(model, example_inputs, is_known)
-        self._sayings = Sayings()
+        self.norms = Norms(self.flow, example_inputs)
+        self._sayings = Sayings(self.norms)
 
     def find(self, k: dict[str, int], *, trust_sizes: bool = True) -> Findings:
         """All cuts that setting `k` (by layer name) allows. `trust_sizes` as in `solve`.
@@ -88,7 +107,7 @@ class Reading:
             if isinstance(layer, FittedTailDropout)
         }
         ks = {**fitted, **k}
-        found = solve(flow, self._sayings.at(ks), ks, trust_sizes)
+        found = solve(flow, self._sayings.at(ks), self.norms, ks, trust_sizes)
         return Findings(
             k,
             n,
@@ -96,6 +115,7 @@ class Reading:
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
             list(_stays(flow, found, k)),
+            list(_rescales(flow, found, self.norms)),
         )
 
 
@@ -132,6 +152,18 @@ def _rows(weight: Place) -> Place:
     """Where its outputs lie."""
     node, dim = weight
     return node, 1 - dim if dim < 2 else 0
+
+
+def _rescales(flow: Dataflow, found: Solution, norms: Norms) -> Iterator[Rescale]:
+    for norm in norms.found.values():
+        before, after = norms.counts(norm, found.stays)
+        if before == after:
+            continue
+        holder = norms.holder(norm)
+        module, eps = ("", None) if holder is None else (holder.module, holder.attribute)
+        for factor in norm.factors:
+            names = tuple(flow.names[factor.weight])
+            yield Rescale(names, factor.plus, module, eps, before, after)
 
 
 def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:
