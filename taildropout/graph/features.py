@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from .constants import Known
 from .dataflow import Dataflow, Operation, count_of, layer_dim, module_of, where
 from .exports import LAYER, shape
+from .norms import Norms
 from .relations import Made, Place, Read, Relation, Saying
 from .rules import Rule, belongs_to_attention, rule_of
 
@@ -44,7 +45,7 @@ class Solution:
 
 
 def solve(
-    flow: Dataflow, say: Say, ks: dict[str, int], whole: Collection[fx.Node] = ()
+    flow: Dataflow, say: Say, norms: Norms, ks: dict[str, int], whole: Collection[fx.Node] = ()
 ) -> Solution:
     """What can go when the layers are set to `ks`.
 
@@ -56,12 +57,12 @@ def solve(
     ties = _reached(flow, say, ks)
     reads = _reads_of(flow, say, ties)
     kept = _Kept(flow, ties)
-    kept.add(_needs(flow, say, ties))
+    kept.add(_needs(flow, say, norms, ties))
     kept.add(_needs_of_whole(flow, ties, whole))
     for read in reads:
         kept.add(_needs_of_read(flow, say, constants, read))
     kept.settle()
-    while kept.add(_overlooked(flow, kept.stays, ks)):
+    while kept.add(_overlooked(flow, norms, kept.stays, ks)):
         kept.settle()
     return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads)
 
@@ -273,7 +274,9 @@ def _reads_of(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) ->
     ]
 
 
-def _needs(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) -> Iterator[_Need]:
+def _needs(
+    flow: Dataflow, say: Say, norms: Norms, reached: dict[Place, list[Relation]]
+) -> Iterator[_Need]:
     """What needs features by itself, whatever becomes of others."""
     for place in reached:
         node, _ = place
@@ -300,10 +303,13 @@ def _needs(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) -> It
                     yield _Need(place, made.features, where(own), text)
         for user in flow.users[node]:
             if not any(place in tie.places for tie in _ties(say(user))):
-                text = "needs all features at once, or is not supported"
-                yield _Need(place, None, where(user), text)
+                yield _Need(place, None, where(user), norms.refused.get(user) or _mixes(user))
         if node in flow.returned:
             yield _Need(place, None, "the output of the model", "must keep its shape")
+
+
+def _mixes(operation: Operation) -> str:
+    return (rule_of(operation) or Rule(lambda operation: ())).mixes
 
 
 def _needs_of_whole(
@@ -391,7 +397,9 @@ def name_of_bias(flow: Dataflow, read: Read) -> str | None:
 # -------------------------------------------------------------------------- what is seen later
 
 
-def _overlooked(flow: Dataflow, stays: dict[Place, Tensor], ks: dict[str, int]) -> Iterator[_Need]:
+def _overlooked(
+    flow: Dataflow, norms: Norms, stays: dict[Place, Tensor], ks: dict[str, int]
+) -> Iterator[_Need]:
     """What stays since other features go."""
     for place, kept in stays.items():
         gone = kept == 0
@@ -408,6 +416,8 @@ def _overlooked(flow: Dataflow, stays: dict[Place, Tensor], ks: dict[str, int]) 
             if rule.takes is not None and not _takes_the_same(operation, rule, stays):
                 text = "takes features by their number, which pruning would change"
                 yield _Need(place, None, where(operation), text)
+    for norm, text in norms.needs(stays):
+        yield _Need(norm.place, None, where(norm.operation), text)
     calls = [o for o in flow.calls() if o.args[1] in ks]
     for operation in calls:
         yield _a_prefix(operation, stays, ks[operation.args[1]])

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from ..functional.checks import check_k_at_most
 from ..graph.dataflow import Dataflow, layer_dim
 from ..graph.features import Solution, contribution, name_of_bias, solve
+from ..graph.norms import Norms
 from ..graph.relations import Place
 from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
@@ -34,6 +35,22 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Rescale:
+    """A root mean square norm that averages over `after` features instead of `before`.
+
+    Its weights are multiplied by sqrt(before / after), or what they are with `plus` is; its eps by
+    before / after.
+    """
+
+    weights: tuple[str, ...]
+    plus: float
+    module: str
+    eps: str | None  # the attribute of the module; None where there is no eps
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Fit:
     """A layer that takes the first `width` of what arrives, and hands `size` features on."""
 
@@ -54,7 +71,11 @@ class Stay:
 
 @dataclass(frozen=True)
 class Findings:
-    """What can go from a model at given ks, and what can't."""
+    """What can go from a model at given ks, and what can't.
+
+    `of_norms` are the values to whose operations an eps belongs that is another afterwards: how
+    many features the norm averages before and after.
+    """
 
     solution: Solution
     k: dict[str, int]
@@ -63,6 +84,8 @@ class Findings:
     folds: list[Fold]
     fits: list[Fit] = field(default_factory=list)
     stays: list[Stay] = field(default_factory=list)
+    rescales: list[Rescale] = field(default_factory=list)
+    of_norms: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
 
 
 class Reading:
@@ -70,7 +93,8 @@ class Reading:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
         self.flow = Dataflow(model, example_inputs, is_known)
-        self._sayings = Sayings()
+        self.norms = Norms(self.flow, example_inputs)
+        self._sayings = Sayings(self.norms)
 
     def find(self, k: dict[str, int], whole: Collection[fx.Node] = ()) -> Findings:
         """All cuts that setting `k` (by layer name) allows. `whole` as in `solve`.
@@ -89,7 +113,7 @@ class Reading:
             if isinstance(layer, FittedTailDropout)
         }
         ks = {**fitted, **k}
-        found = solve(flow, self._sayings.at(ks), ks, whole)
+        found = solve(flow, self._sayings.at(ks), self.norms, ks, whole)
         return Findings(
             found,
             k,
@@ -98,6 +122,8 @@ class Reading:
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
             list(dict.fromkeys(_stays(flow, found, k))),
+            list(_rescales(flow, found, self.norms)),
+            dict(_of_norms(found, self.norms)),
         )
 
 
@@ -134,6 +160,25 @@ def _rows(weight: Place) -> Place:
     """Where its outputs lie."""
     node, dim = weight
     return node, 1 - dim if dim < 2 else 0
+
+
+def _of_norms(found: Solution, norms: Norms) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
+    for norm in norms.found.values():
+        before, after = norms.counts(norm, found.stays)
+        if before != after and norm.adds is not None:
+            yield norm.adds.output, (before, after)
+
+
+def _rescales(flow: Dataflow, found: Solution, norms: Norms) -> Iterator[Rescale]:
+    for norm in norms.found.values():
+        before, after = norms.counts(norm, found.stays)
+        if before == after:
+            continue
+        holder = norms.holder(norm)
+        module, eps = ("", None) if holder is None else (holder.module, holder.attribute)
+        for factor in norm.factors:
+            names = tuple(flow.names[factor.weight])
+            yield Rescale(names, factor.plus, module, eps, before, after)
 
 
 def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:

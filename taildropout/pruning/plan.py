@@ -14,13 +14,13 @@ from ..models.insert import tail_dropouts
 from ..models.width import Widths, layer_ks
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
-from .cuts import Cut, Fit, Fold, Reading, Stay
+from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay
 from .predicted import cut_as_predicted
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
 from .verify import Verification, verify
 
-FORMAT = 1
+FORMAT = 2  # 1 had no rescales
 
 # Up to this number of parameters a plan is verified in float64; beyond, that is too much memory.
 MOST_IN_FLOAT64 = 2**25
@@ -46,6 +46,7 @@ class PrunePlan:
         n: the width that it has.
         cuts: the indices that stay, for each parameter and buffer that is cut.
         folds: the constants that the columns that go contributed, added to biases.
+        rescales: the root mean square norms that average over fewer features.
         fits: the layers that slice what arrives or add zeros, since a neighbour can't be cut.
         stays: what can't go although k says so, and why.
         changes: the modules that are cut.
@@ -61,6 +62,7 @@ class PrunePlan:
     n: dict[str, int]
     cuts: list[Cut] = field(repr=False)
     folds: list[Fold] = field(repr=False)
+    rescales: list[Rescale] = field(repr=False)
     fits: list[Fit] = field(repr=False)
     stays: list[Stay] = field(repr=False)
     changes: list[Change] = field(repr=False)
@@ -173,6 +175,11 @@ class PrunePlan:
             f"{fold.name} takes in the constant of the columns that go" for fold in self.folds
         ]
         remarks += [
+            f"{' = '.join(r.weights)} takes in sqrt({r.before}/{r.after}): the norm that it belongs "
+            f"to averages {r.after} features instead of {r.before}"
+            for r in self.rescales
+        ]
+        remarks += [
             f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
         return remarks + [line for compared in self.verifications[-1:] for line in compared.lines()]
@@ -183,7 +190,7 @@ class PrunePlan:
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         shared = {id(tensors[cut.name]): tensors[cut.name] for cut in self.cuts}
         small = copy.deepcopy(model, shared)
-        operate(small, self.cuts, self.folds, self.fits)
+        operate(small, self.cuts, self.folds, self.fits, self.rescales)
         return small
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,6 +202,9 @@ class PrunePlan:
             "cuts": [[cut.name, cut.dim, cut.size, list(cut.keep)] for cut in self.cuts],
             "biases": [fold.name for fold in self.folds],
             "fits": [[fit.layer, fit.width, fit.size] for fit in self.fits],
+            "rescales": [
+                [list(r.weights), r.plus, r.module, r.eps, r.before, r.after] for r in self.rescales
+            ],
         }
 
 
@@ -246,6 +256,7 @@ def _plan(model: nn.Module, k: Widths, example_inputs: Inputs, reading: Reading)
         found.n,
         found.cuts,
         found.folds,
+        found.rescales,
         found.fits,
         found.stays,
         _changes(model, small, found.cuts, costs, after),

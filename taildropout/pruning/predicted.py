@@ -38,7 +38,7 @@ def cut_as_predicted(
     while True:
         found = reading.find(ks, whole)
         small = structural_copy(model)
-        operate(small, found.cuts, found.folds, found.fits)
+        operate(small, found.cuts, found.folds, found.fits, found.rescales)
         try:
             differ = _unlike_predicted(reading.flow, found, small)
         except PruningError:
@@ -147,20 +147,25 @@ class _Comparison:
     def _alike(self, node: fx.Node, own: fx.Node) -> bool:
         if node.target != own.target:
             return False
-        sizes_may_differ = node.target is LAYER or _has_sizes(node)
         pairs = zip_longest(_arguments(node), _arguments(own))
-        return all(self._same(arg, own_arg, sizes_may_differ) for arg, own_arg in pairs) and (
+        return all(self._same(node, arg, own_arg) for arg, own_arg in pairs) and (
             node.op == "output" or self._predicted(node) == _shapes(own)
         )
 
-    def _same(self, arg: Any, own: Any, sizes_may_differ: bool) -> bool:
+    def _same(self, node: fx.Node, arg: Any, own: Any) -> bool:
+        """Whether an argument of the operation is the same."""
         if own in self.new_biases and arg is None:
             return True
         if isinstance(own, fx.Node) and _number(own) is own:
             return self.twin.get(own) is arg
         number, own_number = _number(arg), _number(own)
-        if sizes_may_differ and isinstance(number, int) and isinstance(own_number, int):
+        norm = self.found.of_norms.get(node)
+        sizes_differ = node.target is LAYER or _has_sizes(node) or norm is not None
+        if sizes_differ and isinstance(number, int) and isinstance(own_number, int):
             return True
+        if norm is not None and isinstance(own_number, float):
+            before, after = norm
+            return number is None or own_number == number * before / after
         return type(number) is type(own_number) and bool(number == own_number)
 
     def _predicted(self, node: fx.Node) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..models.copies import PruningError, with_own_buffers, without_cache
 from ..models.hooks import hooked
 from ..models.inputs import Inputs, call, of_twice_the_batch, random_like
 from ..models.width import at_width
+from .precision import precisely
 
 # The largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -67,14 +69,14 @@ def verify(
         PruningError: they differ by more than rounding, or the small network does not run.
     """
     skipped = []
+    precision: AbstractContextManager[object] = nullcontext()
     large, small = with_own_buffers(model).eval(), with_own_buffers(small).eval()
     examples = [example_inputs, tree_map(random_like, example_inputs)]
     if dtype is not None:
         try:
             precise = without_cache(copy.deepcopy(model).eval().to(dtype))
             converted = [to_dtype(inputs, dtype) for inputs in examples]
-            for inputs in converted:
-                run(precise, inputs)
+            precision = precisely(dtype, lambda: [run(precise, inputs) for inputs in converted])
             large, small, examples = precise, cut(precise).eval(), converted
         except PruningError:
             raise
@@ -82,7 +84,7 @@ def verify(
             skipped.append(f"in {str(dtype).removeprefix('torch.')}: {_first_line(error)}")
             dtype = None
     comparisons = []
-    with at_width(large, k):
+    with precision, at_width(large, k):
         for name, inputs in zip(("the example inputs", "random inputs"), examples, strict=True):
             comparisons.append(compare(name, k, large, small, inputs, run(large, inputs)))
         name, doubled = "twice as many samples", of_twice_the_batch(examples[1])
