@@ -16,7 +16,7 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx, nn
 from torch.export import Dim, ShapesCollection
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves
 
 from ..layers.fitted import FittedTailDropout
@@ -91,6 +91,7 @@ class Dataflow:
         operations: what computes a value; parameters, buffers and inputs have none.
         users: the operations that read a value.
         returned: values that the model returns.
+        outputs: all that the model returns, in order; None for what is no tensor.
         names: of parameters and buffers; tied ones have several.
         layers: the model's TailDropouts by name.
         n: the number of features of each layer that the model calls with one number of them.
@@ -120,6 +121,13 @@ class Dataflow:
         for node in nodes:
             if node.op == "output":
                 self.returned = set(values_in(node.args))
+                returned: Any = node.args[0]
+                kinds = [spec.kind for spec in program.graph_signature.output_specs]
+                self.outputs = [
+                    same.get(value, value) if isinstance(value, fx.Node) else None
+                    for value, kind in zip(returned, kinds, strict=True)
+                    if kind == OutputKind.USER_OUTPUT
+                ]
             elif not is_tensor(node):
                 continue
             elif node.op == "placeholder":

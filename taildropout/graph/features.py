@@ -18,6 +18,7 @@ from .constants import Known
 from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, module_of, shape, where
 from .relations import Made, Place, Read, Relation, Saying
 from .rules import Rule, belongs_to_attention, rule_of
+from .tails import find_tails
 
 Say = Callable[[Operation], tuple[Saying, ...]]
 
@@ -31,35 +32,48 @@ class Solution:
         reasons: what needs them, and how.
         constants: what is known of the features at each place.
         reads: all reads of these places.
+        tails: where the tails of the layers arrive, if what the model returns is to be cut.
     """
 
     stays: dict[Place, Tensor]
     reasons: list[tuple[str, str]]
     constants: "Constants"
     reads: list[Read]
+    tails: dict[Place, Tensor]
 
     def gone(self, place: Place) -> Tensor:
         return self.stays[place] == 0
 
 
-def solve(flow: Dataflow, say: Say, ks: dict[str, int], trust_sizes: bool = True) -> Solution:
+def solve(
+    flow: Dataflow,
+    say: Say,
+    ks: dict[str, int],
+    trust_sizes: bool = True,
+    outputs: bool = False,
+) -> Solution:
     """What can go when the layers are set to `ks`.
 
     The dataflow does not tell a reshape by sizes that stand in the model's code from one by the
     sizes of its input. With `trust_sizes` it is taken for the latter. Without, features stay that
     are reshaped or split.
+
+    What the model returns keeps its shape; with `outputs` the tails of the layers may go from it
+    where they are zero.
     """
     constants = find_constants(flow, say, ks)
     ties = _reached(flow, say, ks)
     reads = _reads_of(flow, say, ties)
     kept = _Kept(flow, ties)
+    tails = find_tails(flow, say, ks) if outputs else {}
     kept.add(_needs(flow, say, ties))
+    kept.add(_needs_of_outputs(flow, constants, ties, tails))
     for read in reads:
         kept.add(_needs_of_read(flow, say, constants, read))
     kept.settle()
     while kept.add(_overlooked(flow, kept.stays, ks, trust_sizes)):
         kept.settle()
-    return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads)
+    return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads, tails)
 
 
 # ---------------------------------------------------------------------------- what is constant
@@ -298,8 +312,24 @@ def _needs(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) -> It
             if not any(place in tie.places for tie in _ties(say(user))):
                 text = "needs all features at once, or is not supported"
                 yield _Need(place, None, where(user), text)
-        if node in flow.returned:
-            yield _Need(place, None, "the output of the model", "must keep its shape")
+
+
+def _needs_of_outputs(
+    flow: Dataflow, constants: Constants, reached: Iterable[Place], tails: dict[Place, Tensor]
+) -> Iterator[_Need]:
+    """Of what is returned only zeros can go, and only those of the tails."""
+    for place in reached:
+        if place[0] not in flow.returned:
+            continue
+        if place in tails:
+            goes = tails[place]
+            if place in constants.lost:
+                text = "makes them differ from sample to sample, and the model returns them"
+                yield _Need(place, goes, constants.lost[place], text)
+            text = "has other features there than zeros"
+            yield _Need(place, goes & ~constants.at(place).zero, "the output of the model", text)
+        rest = ~tails[place] if place in tails else None
+        yield _Need(place, rest, "the output of the model", "must keep its shape")
 
 
 def _needs_of_read(flow: Dataflow, say: Say, constants: Constants, read: Read) -> Iterator[_Need]:

@@ -13,6 +13,7 @@ from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.inputs import Inputs
+from .outputs import OutputCut, cuts_of_outputs
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Findings:
     folds: list[Fold]
     fits: list[Fit] = field(default_factory=list)
     stays: list[Stay] = field(default_factory=list)
+    output_cuts: list[OutputCut] = field(default_factory=list)
 
 
 class Reading:
@@ -71,11 +73,14 @@ class Reading:
         self.flow = Dataflow(model, example_inputs, is_known)
         self._sayings = Sayings()
 
-    def find(self, k: dict[str, int], *, trust_sizes: bool = True) -> Findings:
-        """All cuts that setting `k` (by layer name) allows. `trust_sizes` as in `solve`.
+    def find(
+        self, k: dict[str, int], *, trust_sizes: bool = True, outputs: bool = False
+    ) -> Findings:
+        """All cuts that setting `k` (by layer name) allows. `trust_sizes`, `outputs` as in `solve`.
 
         Raises:
-            PruningError: the model does not call a layer, or not with one number of features.
+            PruningError: the model does not call a layer, or not with one number of features;
+                with `outputs`, the features that it returns can't be cut to k.
             ValueError: k is above the number of features.
         """
         flow = self.flow
@@ -88,14 +93,19 @@ class Reading:
             if isinstance(layer, FittedTailDropout)
         }
         ks = {**fitted, **k}
-        found = solve(flow, self._sayings.at(ks), ks, trust_sizes)
+        say = self._sayings.at(ks)
+        found = solve(flow, say, ks, trust_sizes, outputs)
+        stays = list(_stays(flow, found, k))
         return Findings(
             k,
             n,
             _cuts(flow, found),
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
-            list(_stays(flow, found, k)),
+            stays,
+            cuts_of_outputs(flow, found, [f"{s.name} {s.reason}" for s in stays])
+            if outputs
+            else [],
         )
 
 
@@ -142,7 +152,8 @@ def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:
             arrives = found.stays[(operation.args[0], dim)] > 0
             leaves = found.stays[(operation.output, dim)] > 0
             width, size = int(leaves[: ks[name]].sum()), int(leaves.sum())
-            if (int(arrives.sum()), size) != (width, width):
+            is_fitted = isinstance(flow.layers[name], FittedTailDropout)
+            if is_fitted or (int(arrives.sum()), size) != (width, width):
                 fits[name] = Fit(name, width, size)
     yield from fits.values()
 

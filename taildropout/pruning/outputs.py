@@ -1,0 +1,91 @@
+"""What a network returns, when the features that it returns are cut too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..graph.dataflow import Dataflow
+from ..graph.features import Solution
+from ..models.copies import PruningError
+
+
+@dataclass(frozen=True)
+class OutputCut:
+    """Of the `size` features along `dim` of a returned value, only `keep` stay.
+
+    `position` is that of the value among all that the model returns.
+    """
+
+    position: int
+    dim: int
+    size: int
+    keep: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"returned value {self.position} keeps {len(self.keep)} of {self.size} features "
+            f"along dim {self.dim}"
+        )
+
+
+def cuts_of_outputs(flow: Dataflow, found: Solution, stays: Sequence[str]) -> list[OutputCut]:
+    """All that goes from what the model returns: the tails of the layers, or nothing at all.
+
+    Args:
+        flow: of the model.
+        found: with `outputs`.
+        stays: what else stays, and why, for the message.
+
+    Raises:
+        PruningError: no tail is returned, or one that stays.
+    """
+    cuts, arrives = [], False
+    for position, node in enumerate(flow.outputs):
+        for (value, dim), tail in found.tails.items():
+            if value is not node:
+                continue
+            arrives = True
+            kept = found.stays[(value, dim)]
+            if (kept[tail] > 0).any():
+                reasons = [found.reasons[number] for number in kept[tail].unique() if number]
+                raise PruningError(
+                    "outputs=True cuts the features that the model returns to k, but they stay: "
+                    + "; ".join(f"{name} {reason}" for name, reason in reasons)
+                )
+            if tail.any():
+                keep = tuple((~tail).nonzero().flatten().tolist())
+                cuts.append(OutputCut(position, dim, len(tail), keep))
+    if not arrives:
+        because = f": {'; '.join(stays)}" if stays else ""
+        raise PruningError(
+            "outputs=True cuts the features of a TailDropout that the model returns, and it "
+            f"returns none{because}"
+        )
+    return cuts
+
+
+def what_stays(returned: Any, cuts: Sequence[OutputCut]) -> Any:
+    """What the large network returns, without what goes: all values in a row.
+
+    Raises:
+        PruningError: what goes is not zero.
+    """
+    if not cuts:
+        return returned
+    values = tree_leaves(returned)
+    for cut in cuts:
+        value: Tensor = values[cut.position]
+        keep = torch.tensor(cut.keep, dtype=torch.int64, device=value.device)
+        goes = torch.ones(cut.size, dtype=torch.bool, device=value.device)
+        goes[keep] = False
+        if value.index_select(cut.dim, goes.nonzero().flatten()).any():
+            raise PruningError(
+                "what goes from the output of the model must be zero, and with k set it is not: "
+                "prune without outputs=True"
+            )
+        values[cut.position] = value.index_select(cut.dim, keep)
+    return values
