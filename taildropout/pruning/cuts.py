@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from ..functional.checks import check_k_at_most
-from ..graph.dataflow import Dataflow, layer_dim
+from ..graph.dataflow import Dataflow, layer_dim, shape
 from ..graph.features import Solution, contribution, name_of_bias, solve
 from ..graph.relations import Place
 from ..graph.rules import Sayings, is_known
@@ -36,11 +36,17 @@ class Fold:
 
 @dataclass(frozen=True)
 class Fit:
-    """A layer that takes the first `width` of what arrives, and hands `size` features on."""
+    """A layer that takes the first `width` of what arrives, and hands `size` features on.
+
+    `arrives` is how many there are, and `behind` the number of dims behind theirs; None where
+    that differs from call to call.
+    """
 
     layer: str
     width: int
     size: int
+    arrives: int | None = None
+    behind: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,17 +151,20 @@ def _rows(weight: Place) -> Place:
 
 
 def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:
-    fits = {}
+    calls: dict[str, set[Fit]] = {}
     for operation in flow.calls():
         name, dim = operation.args[1], layer_dim(operation)
         if name in ks:
-            arrives = found.stays[(operation.args[0], dim)] > 0
+            arrives = int((found.stays[(operation.args[0], dim)] > 0).sum())
             leaves = found.stays[(operation.output, dim)] > 0
             width, size = int(leaves[: ks[name]].sum()), int(leaves.sum())
-            is_fitted = isinstance(flow.layers[name], FittedTailDropout)
-            if is_fitted or (int(arrives.sum()), size) != (width, width):
-                fits[name] = Fit(name, width, size)
-    yield from fits.values()
+            behind = len(shape(operation.output)) - 1 - dim
+            calls.setdefault(name, set()).add(Fit(name, width, size, arrives, behind))
+    for name, fits in calls.items():
+        is_fitted = isinstance(flow.layers[name], FittedTailDropout)
+        if is_fitted or any((fit.arrives, fit.size) != (fit.width, fit.width) for fit in fits):
+            one, *others = fits
+            yield Fit(name, one.width, one.size) if others else one
 
 
 def _stays(flow: Dataflow, found: Solution, k: dict[str, int]) -> Iterator[Stay]:

@@ -219,7 +219,9 @@ class PrunePlan:
             "n": self.n,
             "cuts": [[cut.name, cut.dim, cut.size, list(cut.keep)] for cut in self.cuts],
             "biases": [fold.name for fold in self.folds],
-            "fits": [[fit.layer, fit.width, fit.size] for fit in self.fits],
+            "fits": [
+                [fit.layer, fit.width, fit.size, fit.arrives, fit.behind] for fit in self.fits
+            ],
         }
 
 
