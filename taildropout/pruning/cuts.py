@@ -102,6 +102,7 @@ class Reading:
         say = self._sayings.at(ks)
         found = solve(flow, say, ks, trust_sizes, outputs)
         stays = list(_stays(flow, found, k))
+        behind = [f"{stay.name} {stay.reason}" for stay in stays if stay.side == "behind"]
         return Findings(
             k,
             n,
@@ -109,9 +110,7 @@ class Reading:
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
             stays,
-            cuts_of_outputs(flow, found, [f"{s.name} {s.reason}" for s in stays])
-            if outputs
-            else [],
+            cuts_of_outputs(flow, found, behind) if outputs else [],
         )
 
 

@@ -38,7 +38,7 @@ def cuts_of_outputs(flow: Dataflow, found: Solution, stays: Sequence[str]) -> li
     Args:
         flow: of the model.
         found: with `outputs`.
-        stays: what else stays, and why, for the message.
+        stays: what stays behind the layers, and why, for the message.
 
     Raises:
         PruningError: no tail is returned, or one that stays.
@@ -60,10 +60,10 @@ def cuts_of_outputs(flow: Dataflow, found: Solution, stays: Sequence[str]) -> li
                 keep = tuple((~tail).nonzero().flatten().tolist())
                 cuts.append(OutputCut(position, dim, len(tail), keep))
     if not arrives:
-        because = f": {'; '.join(stays)}" if stays else ""
+        because = f" ({'; '.join(stays)})" if stays else ""
         raise PruningError(
             "outputs=True cuts the features of a TailDropout that the model returns, and it "
-            f"returns none{because}"
+            f"returns none{because}: put the layer behind what is returned, or prune without"
         )
     return cuts
 
