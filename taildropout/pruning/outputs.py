@@ -45,13 +45,16 @@ def cuts_of_outputs(flow: Dataflow, found: Solution, stays: Sequence[str]) -> li
     """
     cuts, arrives = [], False
     for position, node in enumerate(flow.outputs):
-        for (value, dim), tail in found.tails.items():
-            if value is not node:
+        for place, tail in found.tails.items():
+            if place[0] is not node:
                 continue
-            arrives = True
-            kept = found.stays[(value, dim)]
-            if (kept[tail] > 0).any():
-                reasons = [found.reasons[number] for number in kept[tail].unique() if number]
+            arrives, dim = True, place[1]
+            reasons = [
+                found.reasons[number] for number in found.stays[place][tail].unique() if number
+            ]
+            if not tail.any() and place in found.constants.lost:  # one half of it gates the other
+                reasons = [(found.constants.lost[place], "joins them with others")]
+            if reasons:
                 raise PruningError(
                     "outputs=True cuts the features that the model returns to k, but they stay: "
                     + "; ".join(f"{name} {reason}" for name, reason in reasons)

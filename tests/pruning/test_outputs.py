@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.oracle import assert_same, chain, masked, snapshot
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import glu, normalize
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
@@ -220,6 +220,10 @@ REFUSED = {
     "a sigmoid beside it": (
         lambda m, x: (lambda z: torch.cat([z, z.sigmoid()], -1))(m.z(x)),
         "but they stay: the output of the model has other features there than zeros",
+    ),
+    "half of it gates the other": (
+        lambda m, x: glu(torch.cat([m.other(x), m.z(x)], -1)[:, 4:12]),
+        "but they stay: glu in the model's own forward joins them with others",
     ),
     "a size in the code": (lambda m, x: m.z(x).unflatten(-1, (2, 4)), "but they stay: unflatten"),
 }
