@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import PruningError, tensors_by_name
@@ -65,6 +65,7 @@ class Dataflow:
         operations: what computes a value; parameters, buffers and inputs have none.
         users: the operations that read a value.
         returned: values that the model returns.
+        outputs: all that the model returns on each path, in order; None for what is no tensor.
         names: of parameters and buffers; tied ones have several.
         same: the value that stands for a node, where several are one tensor.
         layers: the model's TailDropouts by name.
@@ -80,6 +81,7 @@ class Dataflow:
         self.operations: dict[fx.Node, Operation] = {}
         self.values: list[fx.Node] = []
         self.returned: set[fx.Node] = set()
+        self.outputs: list[list[fx.Node | None]] = []
         self.names: dict[fx.Node, list[str]] = {}
         self._tensors: dict[fx.Node, Tensor] = {}
         self.same: dict[fx.Node, fx.Node] = {}
@@ -89,6 +91,7 @@ class Dataflow:
             for node in export.nodes:
                 if node.op == "output":
                     self.returned |= set(_values_in(node.args, self.same))
+                    self.outputs.append(self._outputs(export, node))
                 elif is_tensor(node) and self.same.get(node, node) is node and _is_used(node):
                     self.values.append(node)
                     if node.op != "placeholder":
@@ -120,6 +123,15 @@ class Dataflow:
                     self._tensors[node] = value
                     self.names[node] = names.get(id(value), [])
         return same
+
+    def _outputs(self, export: Export, output: fx.Node) -> list[fx.Node | None]:
+        returned: Any = output.args[0]
+        kinds = [spec.kind for spec in export.program.graph_signature.output_specs]
+        return [
+            self.same.get(value, value) if isinstance(value, fx.Node) else None
+            for value, kind in zip(returned, kinds, strict=True)
+            if kind == OutputKind.USER_OUTPUT
+        ]
 
     def _operation(self, node: fx.Node) -> Operation:
         same = self.same

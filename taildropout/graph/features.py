@@ -20,6 +20,7 @@ from .exports import LAYER, shape
 from .norms import Norms
 from .relations import Made, Place, Read, Relation, Saying
 from .rules import Rule, belongs_to_attention, rule_of
+from .tails import find_tails
 
 Say = Callable[[Operation], tuple[Saying, ...]]
 
@@ -33,38 +34,50 @@ class Solution:
         reasons: what needs them, and how.
         constants: what is known of the features at each place.
         reads: all reads of these places.
+        tails: where the tails of the layers arrive, if what the model returns is to be cut.
     """
 
     stays: dict[Place, Tensor]
     reasons: list[tuple[str, str]]
     constants: "Constants"
     reads: list[Read]
+    tails: dict[Place, Tensor]
 
     def gone(self, place: Place) -> Tensor:
         return self.stays[place] == 0
 
 
 def solve(
-    flow: Dataflow, say: Say, norms: Norms, ks: dict[str, int], whole: Collection[fx.Node] = ()
+    flow: Dataflow,
+    say: Say,
+    norms: Norms,
+    ks: dict[str, int],
+    whole: Collection[fx.Node] = (),
+    outputs: bool = False,
 ) -> Solution:
     """What can go when the layers are set to `ks`.
 
     The dataflow does not tell a number that was written in the model's code from one that was
     read from a shape, and may be another when features go. Where that matters, the operations of
     these values are in `whole`: what they read and what they compute stays.
+
+    What the model returns keeps its shape; with `outputs` the tails of the layers may go from it
+    where they are zero.
     """
     constants = find_constants(flow, say, ks)
     ties = _reached(flow, say, ks)
     reads = _reads_of(flow, say, ties)
     kept = _Kept(flow, ties)
+    tails = find_tails(flow, say, ks) if outputs else {}
     kept.add(_needs(flow, say, norms, ties))
+    kept.add(_needs_of_outputs(flow, constants, ties, tails))
     kept.add(_needs_of_whole(flow, ties, whole))
     for read in reads:
         kept.add(_needs_of_read(flow, say, constants, read))
     kept.settle()
     while kept.add(_overlooked(flow, norms, kept.stays, ks)):
         kept.settle()
-    return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads)
+    return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads, tails)
 
 
 # ---------------------------------------------------------------------------- what is constant
@@ -304,8 +317,24 @@ def _needs(
         for user in flow.users[node]:
             if not any(place in tie.places for tie in _ties(say(user))):
                 yield _Need(place, None, where(user), norms.refused.get(user) or _mixes(user))
-        if node in flow.returned:
-            yield _Need(place, None, "the output of the model", "must keep its shape")
+
+
+def _needs_of_outputs(
+    flow: Dataflow, constants: Constants, reached: Iterable[Place], tails: dict[Place, Tensor]
+) -> Iterator[_Need]:
+    """Of what is returned only zeros can go, and only those of the tails."""
+    for place in reached:
+        if place[0] not in flow.returned:
+            continue
+        if place in tails:
+            goes = tails[place]
+            if place in constants.lost:
+                text = "makes them differ from sample to sample, and the model returns them"
+                yield _Need(place, goes, constants.lost[place], text)
+            text = "has other features there than zeros"
+            yield _Need(place, goes & ~constants.at(place).zero, "the output of the model", text)
+        rest = ~tails[place] if place in tails else None
+        yield _Need(place, rest, "the output of the model", "must keep its shape")
 
 
 def _mixes(operation: Operation) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from ..functional.checks import check_k_at_most
 from ..graph.dataflow import Dataflow, layer_dim
+from ..graph.exports import shape
 from ..graph.features import Solution, contribution, name_of_bias, solve
 from ..graph.norms import Norms
 from ..graph.relations import Place
@@ -14,6 +15,7 @@ from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.inputs import Inputs
+from .outputs import OutputCut, cuts_of_outputs
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,17 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Fit:
-    """A layer that takes the first `width` of what arrives, and hands `size` features on."""
+    """A layer that takes the first `width` of what arrives, and hands `size` features on.
+
+    `arrives` is how many there are, and `behind` the number of dims behind theirs; None where
+    that differs from call to call.
+    """
 
     layer: str
     width: int
     size: int
+    arrives: int | None = None
+    behind: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Findings:
     stays: list[Stay] = field(default_factory=list)
     rescales: list[Rescale] = field(default_factory=list)
     of_norms: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    output_cuts: list[OutputCut] = field(default_factory=list)
 
 
 class Reading:
@@ -96,11 +105,14 @@ class Reading:
         self.norms = Norms(self.flow, example_inputs)
         self._sayings = Sayings(self.norms)
 
-    def find(self, k: dict[str, int], whole: Collection[fx.Node] = ()) -> Findings:
-        """All cuts that setting `k` (by layer name) allows. `whole` as in `solve`.
+    def find(
+        self, k: dict[str, int], whole: Collection[fx.Node] = (), *, outputs: bool = False
+    ) -> Findings:
+        """All cuts that setting `k` (by layer name) allows. `whole`, `outputs` as in `solve`.
 
         Raises:
-            PruningError: the model does not call a layer, or not with one number of features.
+            PruningError: the model does not call a layer, or not with one number of features;
+                with `outputs`, the features that it returns can't be cut to k.
             ValueError: k is above the number of features.
         """
         flow = self.flow
@@ -113,7 +125,9 @@ class Reading:
             if isinstance(layer, FittedTailDropout)
         }
         ks = {**fitted, **k}
-        found = solve(flow, self._sayings.at(ks), self.norms, ks, whole)
+        found = solve(flow, self._sayings.at(ks), self.norms, ks, whole, outputs)
+        stays = list(dict.fromkeys(_stays(flow, found, k)))
+        behind = [f"{stay.name} {stay.reason}" for stay in stays if stay.side == "behind"]
         return Findings(
             found,
             k,
@@ -121,9 +135,10 @@ class Reading:
             _cuts(flow, found),
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
-            list(dict.fromkeys(_stays(flow, found, k))),
+            stays,
             list(_rescales(flow, found, self.norms)),
             dict(_of_norms(found, self.norms)),
+            cuts_of_outputs(flow, found, behind) if outputs else [],
         )
 
 
@@ -182,16 +197,20 @@ def _rescales(flow: Dataflow, found: Solution, norms: Norms) -> Iterator[Rescale
 
 
 def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:
-    fits = {}
+    calls: dict[str, set[Fit]] = {}
     for operation in flow.calls():
         name, dim = operation.args[1], layer_dim(operation)
         if name in ks:
-            arrives = found.stays[(operation.args[0], dim)] > 0
+            arrives = int((found.stays[(operation.args[0], dim)] > 0).sum())
             leaves = found.stays[(operation.output, dim)] > 0
             width, size = int(leaves[: ks[name]].sum()), int(leaves.sum())
-            if (int(arrives.sum()), size) != (width, width):
-                fits[name] = Fit(name, width, size)
-    yield from fits.values()
+            behind = len(shape(operation.output)) - 1 - dim
+            calls.setdefault(name, set()).add(Fit(name, width, size, arrives, behind))
+    for name, fits in calls.items():
+        is_fitted = isinstance(flow.layers[name], FittedTailDropout)
+        if is_fitted or any((fit.arrives, fit.size) != (fit.width, fit.width) for fit in fits):
+            one, *others = fits
+            yield Fit(name, one.width, one.size) if others else one
 
 
 def _stays(flow: Dataflow, found: Solution, k: dict[str, int]) -> Iterator[Stay]:

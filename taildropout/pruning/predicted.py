@@ -27,7 +27,7 @@ MOST_WITH_SYMBOLS = 500
 
 
 def cut_as_predicted(
-    model: nn.Module, ks: dict[str, int], reading: Reading
+    model: nn.Module, ks: dict[str, int], reading: Reading, *, outputs: bool = False
 ) -> tuple[Findings, nn.Module]:
     """What goes, and the small network, whose dataflow is the one that was predicted.
 
@@ -36,7 +36,7 @@ def cut_as_predicted(
     whole: set[fx.Node] = set()
     layers = {operation.output for operation in reading.flow.calls()}
     while True:
-        found = reading.find(ks, whole)
+        found = reading.find(ks, whole, outputs=outputs)
         small = structural_copy(model)
         operate(small, found.cuts, found.folds, found.fits, found.rescales)
         try:

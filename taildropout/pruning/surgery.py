@@ -47,7 +47,7 @@ def operate(
     for fit in fits:
         layer = tail_dropouts(model)[fit.layer]
         owner, _, attribute = fit.layer.rpartition(".")
-        fitted = FittedTailDropout.fit(layer, fit.width, fit.size)
+        fitted = FittedTailDropout.fit(layer, fit.width, fit.size, fit.arrives, fit.behind)
         setattr(model.get_submodule(owner), attribute, fitted)
     for module in {_OF_PARAMETRIZATION.sub("", cut.name.rpartition(".")[0]) for cut in cuts}:
         mend_attributes(model.get_submodule(module))

@@ -89,6 +89,13 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+def _fit(
+    name: str, width: int, size: int, arrives: int | None = None, behind: int | None = None
+) -> Fit:
+    known = [None if value is None else int(value) for value in (arrives, behind)]
+    return Fit(str(name), int(width), int(size), *known)
+
+
 def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     plan = {key: value for key, value in record.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
@@ -124,7 +131,7 @@ def _read(
         if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
             raise ValueError("an index is out of range")
         biases = [str(name) for name in record["biases"]]
-        fits = [Fit(str(name), int(width), int(size)) for name, width, size in record["fits"]]
+        fits = [_fit(*values) for values in record["fits"]]
         rescales = [
             Rescale(tuple(map(str, names)), plus, module, eps, before, after)
             for names, plus, module, eps, before, after in record.get("rescales", [])
