@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import sympy
@@ -30,7 +31,7 @@ from ..models.insert import tail_dropouts
 Size: TypeAlias = int | sympy.Expr
 Knows: TypeAlias = Callable[[Any], bool]
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 # As many paths through the code are read, at most.
 MOST_PATHS = 16
@@ -164,21 +165,20 @@ def evaluated(size: Size, values: dict[sympy.Symbol, int]) -> int:
 
 def _of_torch(guard: Any) -> bool:
     """Torch's operations compare sizes too; what they compute is the same however that ends."""
-    return _where(guard)[0].startswith(
+    return _file(guard).startswith(
         ("_ops.py", "_refs/", "_prims", "_meta_registrations.py", "_decomp/", "_subclasses/")
     )
 
 
 def _counted_by_caller(guard: Any) -> bool:
-    """Whether the model's code sees the number: also as that of the parts that it is handed."""
-    return not _of_torch(guard) or _where(guard) == ("_ops.py", "__call__")
+    """Whether the model's code may see the number, also as that of the parts that it is handed."""
+    return not _of_torch(guard) or _file(guard) == "_ops.py"
 
 
-def _where(guard: Any) -> tuple[str, str]:
-    """The file, in torch's own folder or elsewhere, and the function."""
+def _file(guard: Any) -> str:
+    """The file whose code compared, its path seen from torch's own folder where it lies there."""
     frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
-    file, name = str(getattr(frame, "filename", "")), str(getattr(frame, "name", ""))
-    return file.removeprefix(_TORCH), name
+    return str(getattr(frame, "filename", "")).removeprefix(_TORCH)
 
 
 # ----------------------------------------------------------------------------------- one export
