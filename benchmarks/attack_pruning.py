@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -173,18 +173,12 @@ def shrink(network: Network) -> Network:
                     model(*smaller.example())
             except Exception:
                 continue
-            names = [name for name in tail_dropouts(model) if f"self.{name}(" in smaller.source()]
-            smaller = _with_ks(smaller, names)
+            ks = {name: k for name, k in network.k.items() if f"self.{name}(" in smaller.source()}
+            smaller = replace(smaller, k=ks)
             if smaller.k and attack(smaller).kind == kind:
                 network, found = smaller, True
                 break
     return network
-
-
-def _with_ks(network: Network, names: list[str]) -> Network:
-    from dataclasses import replace
-
-    return replace(network, k={name: k for name, k in network.k.items() if name in names})
 
 
 def _attack_seed(seed: int) -> Outcome:

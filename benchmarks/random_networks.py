@@ -14,6 +14,7 @@ a dim of size 1, G another dim whose size is fixed.
 
 import random
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from taildropout import TailDropout, tail_dropouts
 
 LARGEST = 30_000  # entries of one value on the example
+RARE = ("TBF", "BNTF", "BTNF", "BGF", "BHWF")
 FREE = "BTHW"  # dims whose size the caller chooses
 
 
@@ -376,6 +378,7 @@ class Statement:
     expression: str
     reads: tuple[str, ...]
     roles: str
+    template: str  # as it stands in the table
 
     @property
     def text(self) -> str:
@@ -439,7 +442,7 @@ class Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model: nn.Module = names["Network"]()
-            randomize(model)
+            _randomize(model)
         return model.double().eval()
 
     def example(self, seed: int = 0, **sizes: int) -> tuple[Tensor, ...]:
@@ -455,6 +458,20 @@ class Network:
                 inputs.append(torch.randint(7, shape, generator=generator))
         return tuple(inputs)
 
+    def widths(self) -> dict[str, int]:
+        """The number of features of each layer that is called, on the example."""
+        model = self.build()
+        found: dict[str, int] = {}
+
+        def note(name: str, layer: TailDropout, output: Tensor) -> None:
+            found[name] = output.shape[layer.dropout_dim]
+
+        for name, layer in tail_dropouts(model).items():
+            layer.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))
+        with torch.no_grad():
+            model(*self.example())
+        return found
+
     def describe(self) -> str:
         sizes = ", ".join(f"{dim} = {size}" for dim, size in self.sizes.items())
         inputs = ", ".join(f"{name} of {', '.join(r)}" for name, r in self.inputs.items())
@@ -462,7 +479,7 @@ class Network:
 
 
 @torch.no_grad()
-def randomize(model: nn.Module) -> None:
+def _randomize(model: nn.Module) -> None:
     """No parameter is at its initial 0 or 1, and no statistic of a norm."""
     for parameter in model.parameters():
         fan = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -478,7 +495,33 @@ def randomize(model: nn.Module) -> None:
 
 
 def draw_network(seed: int) -> Network:
-    return _Writer(seed).write()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about what it is asked to do
+        torch.manual_seed(seed)
+        return _Writer(seed).write()
+
+
+def with_one_consumer(network: Network) -> tuple[Network, str] | None:
+    """A network in which a Linear or Conv, `consumer`, alone reads a layer; and the layer's name.
+
+    None where the layer does not lie along features.
+    """
+    tail = next(s for s in network.statements if "self.taildropout" in s.expression)
+    layer = tail.expression.removeprefix("self.").partition("(")[0]
+    rank = len(tail.roles)
+    dim = range(rank)[tail_dropouts(network.build())[layer].dropout_dim]
+    if tail.roles[dim] != "F" or dim not in (1, rank - 1):
+        return None
+    past = tail.reads[0]
+    others = tuple(
+        replace(s, reads=tuple(past if name == tail.target else name for name in s.reads))
+        for s in network.statements
+    )
+    n = network.widths()[layer]
+    maker = f"nn.Linear({n}, 3)" if dim == rank - 1 else f"nn.Conv{rank - 2}d({n}, 3, 1)"
+    reader = Statement("last", "self.consumer({0})", (tail.target,), tail.roles, "")
+    made = {**network.made, "consumer": maker}
+    return replace(network, statements=(*others, reader), made=made), layer
 
 
 class _Writer:
@@ -564,7 +607,7 @@ class _Writer:
                 setattr(self.self, name, thing)
         self.self.double().eval()
         target = f"h{len(self.statements) + 1}"
-        statement = Statement(target, expression, reads, "")
+        statement = Statement(target, expression, reads, "", template)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 result = eval(statement.expression.format(*reads), dict(self.names))
@@ -595,7 +638,7 @@ class _Writer:
             tables += [ALONG_A_DIM, REDUCTIONS] + ([TAKING_ONE] if value.ndim > 2 else [])
         if roles.endswith("F"):
             tables += [OF_FEATURES] * 2
-        tables += [BY_ROLES.get(roles, [])] * 4
+        tables += [BY_ROLES.get(roles, [])] * (12 if roles in RARE else 4)
         return [table for table in tables if table]
 
     def append_any(self, recent: list[str]) -> None:
@@ -666,22 +709,11 @@ class _Writer:
                     self.append_one_of(ANY_CONSUMER, name)
 
     def ks(self, network: Network) -> dict[str, int]:
-        model = network.build()
-        ks: dict[str, int] = {}
-
-        def note(name: str) -> Any:
-            def hook(layer: Any, inputs: Any, output: Tensor) -> None:
-                n = output.shape[layer.dropout_dim]
-                k = self.random.randint(1, max(1, n - 1))
-                special = self.random.random()
-                ks.setdefault(name, 0 if special < 0.03 else n if special < 0.05 else k)
-
-            return hook
-
-        for name, layer in tail_dropouts(model).items():
-            layer.register_forward_hook(note(name))
-        with torch.no_grad():
-            model(*network.example())
+        """Mostly some of the features, rarely none or all."""
+        ks = {}
+        for name, n in network.widths().items():
+            some = self.random.randint(1, max(1, n - 1))
+            ks[name] = self.random.choices([some, 0, n], [0.95, 0.03, 0.02])[0]
         return ks
 
 

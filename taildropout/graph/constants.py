@@ -153,10 +153,8 @@ def by_evaluation(*zeroed_by: int) -> Transfer:
         known = _evaluated(operation, dim, n, seen)
         unknown = ~torch.stack([torch.ones(n, dtype=torch.bool), *(s.mask for s in seen.values())])
         for i in zeroed_by:
-            factor, *others = (
-                operation.args[i : i + 1] + operation.args[:i] + operation.args[i + 1 :]
-            )
-            if factor in seen and (len(zeroed_by) > 1 or factor not in others):
+            factor = operation.args[i]
+            if factor in seen:
                 zero = seen[factor].zero & unknown.any(0)  # where all are known, it was evaluated
                 known = Known(known.mask | zero, known.value.masked_fill(zero, 0))
         return known

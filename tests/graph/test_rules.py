@@ -111,6 +111,7 @@ def test_constants(forward, batch):
     assert small is not None
 
 
+@torch.no_grad()
 def first_that_runs(model, *shapes):
     examples = [(torch.randn(shape).double(),) for shape in shapes]
     return next(example for example in examples if runs(model.double(), example))
@@ -177,6 +178,21 @@ def test_what_mixes_features(forward):
     assert small is not None
 
 
+def heads(h):
+    return h.unflatten(-1, (2, 6)).transpose(1, 2)
+
+
+def attention_with_zero_queries(s, x):
+    """The second head of the queries is zero: it takes the mean of the values."""
+    h = F.scaled_dot_product_attention(heads(s.h(x)), heads(s.a(x)), heads(s.a(x)))
+    return s.b(h.transpose(1, 2).flatten(2))
+
+
+def attention_with_zero_values(s, x):
+    h = F.scaled_dot_product_attention(heads(s.a(x)), heads(s.a(x)), heads(s.h(x)))
+    return s.b(h.transpose(1, 2).flatten(2))
+
+
 # Sequences: constants along the features, and what mixes the others.
 ALONG_OTHER_DIMS = {
     "layer_norm_over_time": lambda s, x: s.b(F.layer_norm(s.h(x).mT, (7,)).mT),
@@ -197,6 +213,8 @@ ALONG_OTHER_DIMS = {
         F.scaled_dot_product_attention(s.h(x).cos(), s.h(x).cos(), s.a(x))
     ),
     "attention_of_zeros": lambda s, x: s.b(F.scaled_dot_product_attention(s.a(x), s.a(x), s.h(x))),
+    "attention_with_zero_queries": attention_with_zero_queries,
+    "attention_with_zero_values": attention_with_zero_values,
     "products_of_rows": lambda s, x: (s.h(x).cos() @ s.a(x).mT).sum(-1),
     "products_of_columns": lambda s, x: s.b(s.a(x).mT @ s.h(x).cos()),
     "states": lambda s, x: s.gru(s.h(x) + 1)[0],
@@ -312,3 +330,16 @@ def test_what_is_random_is_not_cut():
     model = M(lambda s, x: s.b(F.dropout(s.h(x), 0.5, training=True)))
     found = Reading(model, torch.randn(3, 3)).find({"t": 5})
     assert {cut.name for cut in found.cuts} <= {"a.weight", "a.bias"}
+
+
+def test_channels_are_constant_and_positions_are_not():
+    """Of as many channels as positions, between a layer for each."""
+    model = nn.Sequential(
+        nn.Conv1d(3, 12, 1),
+        TailDropout(dropout_dim=1),
+        nn.BatchNorm1d(12),
+        TailDropout(dropout_dim=2),
+        nn.Linear(12, 2),
+    )
+    others = [(torch.randn(batch, 3, 12),) for batch in (1, 2, 5)]
+    assert assert_exact(model, (torch.randn(3, 3, 12),), others, {"1": 5, "3": 8}) is not None
