@@ -9,7 +9,9 @@ from .models.copies import PruningError
 from .models.insert import insert, remove, replace_dropout, tail_dropouts
 from .models.width import Choice, at_width
 from .pruning.budget import WidthPath, WidthStep, choose_widths
+from .pruning.finalize import finalize
 from .pruning.plan import PrunePlan, plan_pruning, prune
+from .pruning.recalibrate import recalibrate
 from .pruning.sweep import Sweep, SweepPoint
 from .shipping.pruned import load_pruned, save_pruned
 from .showing.report import report
@@ -19,6 +21,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Choice", "LiveScree", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint",
     "TailDropout", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draws",
-    "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune", "remove",
-    "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
+    "finalize", "functional", "insert", "lengths", "load_pruned", "plan_pruning", "prune",
+    "recalibrate", "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
 ]

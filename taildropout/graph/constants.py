@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from .dataflow import Operation, count_of, is_tensor, shape
+from .dataflow import Operation, count_of
+from .exports import is_tensor, shape
 from .relations import Place
 
 

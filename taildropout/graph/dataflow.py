@@ -1,48 +1,22 @@
-"""The dataflow of a model, read once from `torch.export`: values, and the operations between them.
+"""The dataflow of a model: values, and the operations between them.
 
-Sizes are symbols wherever the model allows: what is read holds for every batch, length and
-resolution that the model takes, and a size that the model fixes is a number.
+It is read once, on all paths that the model's code takes at some sizes, and solved for any k.
+Parameters are the same values on all of them.
 """
 
 import operator
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import sympy
-import torch
-import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx, nn
-from torch.export import Dim, ShapesCollection
-from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_leaves
+from torch.export.graph_signature import InputKind, OutputKind
 
 from ..layers.fitted import FittedTailDropout
-from ..models.copies import PruningError, structural_copy, tensors_by_name
-from ..models.inputs import Inputs, as_arguments
+from ..models.copies import PruningError, tensors_by_name
+from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-
-Size: TypeAlias = int | sympy.Expr
-
-
-@torch.library.custom_op("taildropout::layer", mutates_args=())
-def _layer_op(input: Tensor, name: str, dim: int, size: int) -> Tensor:
-    """Stands for a TailDropout layer in an exported graph; `size` features come out of it."""
-    shape = list(input.shape)
-    shape[dim] = size
-    return input.new_zeros(shape)
-
-
-@_layer_op.register_fake
-def _(input: Tensor, name: str, dim: int, size: int) -> Tensor:
-    shape = list(input.shape)
-    shape[dim] = size
-    return input.new_empty(shape)
-
-
-LAYER = torch.ops.taildropout.layer.default
+from .exports import LAYER, Export, Knows, Size, is_tensor, read_paths, shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,56 +65,37 @@ class Dataflow:
         operations: what computes a value; parameters, buffers and inputs have none.
         users: the operations that read a value.
         returned: values that the model returns.
+        outputs: all that the model returns on each path, in order; None for what is no tensor.
         names: of parameters and buffers; tied ones have several.
+        same: the value that stands for a node, where several are one tensor.
         layers: the model's TailDropouts by name.
         n: the number of features of each layer that the model calls with one number of them.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Inputs,
-        knows: Callable[[Any], bool] = lambda target: True,
+        self, model: nn.Module, example_inputs: Inputs, knows: Knows = lambda target: True
     ) -> None:
         self.model = model
         self.layers = tail_dropouts(model)
-        program = _exported(model, example_inputs, knows)
-        nodes: list[fx.Node] = list(program.graph.nodes)
-        self._tensors: dict[fx.Node, Tensor] = {}
-        self.names: dict[fx.Node, list[str]] = {}
-        same = self._find_tensors(program, nodes)
-
-        def values_in(arguments: Any) -> list[fx.Node]:
-            found: list[fx.Node] = []
-            fx.node.map_arg(arguments, lambda node: found.append(same.get(node, node)))
-            return [node for node in found if is_tensor(node)]
-
+        self.paths = read_paths(model, example_inputs, knows)
         self.operations: dict[fx.Node, Operation] = {}
         self.values: list[fx.Node] = []
-        for node in nodes:
-            if node.op == "output":
-                self.returned = set(values_in(node.args))
-            elif not is_tensor(node):
-                continue
-            elif node.op == "placeholder":
-                if same.get(node, node) is node:
+        self.returned: set[fx.Node] = set()
+        self.outputs: list[list[fx.Node | None]] = []
+        self.names: dict[fx.Node, list[str]] = {}
+        self._tensors: dict[fx.Node, Tensor] = {}
+        self.same: dict[fx.Node, fx.Node] = {}
+        for export in self.paths.exports:
+            self.same |= self._find_tensors(export)
+        for export in self.paths.exports:
+            for node in export.nodes:
+                if node.op == "output":
+                    self.returned |= set(_values_in(node.args, self.same))
+                    self.outputs.append(self._outputs(export, node))
+                elif is_tensor(node) and self.same.get(node, node) is node and _is_used(node):
                     self.values.append(node)
-            else:
-                picked = node.target is operator.getitem
-                call: Any = node.args[0] if picked else node
-                args, kwargs = fx.node.map_arg(
-                    (call.args, dict(call.kwargs)), lambda n: same.get(n, n)
-                )
-                self.operations[node] = Operation(
-                    call.target,
-                    tuple(args),
-                    dict(kwargs),
-                    int(node.args[1]) if picked else None,  # type: ignore[arg-type]
-                    node,
-                    tuple(dict.fromkeys(values_in((args, kwargs)))),
-                    self,
-                )
-                self.values.append(node)
+                    if node.op != "placeholder":
+                        self.operations[node] = self._operation(node)
         self.users: dict[fx.Node, list[Operation]] = {node: [] for node in self.values}
         for operation in self.operations.values():
             for source in operation.sources:
@@ -148,25 +103,50 @@ class Dataflow:
         self._is_constant: dict[fx.Node, bool] = {}
         self.n = self._layer_sizes()
 
-    def _find_tensors(self, program: Any, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    def _find_tensors(self, export: Export) -> dict[fx.Node, fx.Node]:
         """Fill in the parameters and buffers; which nodes are the same tensor as an earlier one."""
         tensors = tensors_by_name(self.model)
         names: dict[int, list[str]] = {}
         for name, tensor in tensors.items():
             names.setdefault(id(tensor), []).append(name)
-        by_name = {node.name: node for node in nodes}
-        first: dict[int, fx.Node] = {}
+        by_name = {node.name: node for node in export.nodes}
+        first = {id(tensor): node for node, tensor in self._tensors.items()}
         same = {}
-        for spec in program.graph_signature.input_specs:
+        for spec in export.program.graph_signature.input_specs:
             if spec.target is None or spec.kind == InputKind.USER_INPUT:
                 continue
             node = by_name[spec.arg.name]
-            value = tensors.get(spec.target, program.constants.get(spec.target))
+            value = tensors.get(spec.target, export.program.constants.get(spec.target))
             if isinstance(value, Tensor):
                 same[node] = first.setdefault(id(value), node)
-                self._tensors[node] = value.detach()
-                self.names[node] = names.get(id(value), [])
+                if same[node] is node:
+                    self._tensors[node] = value
+                    self.names[node] = names.get(id(value), [])
         return same
+
+    def _outputs(self, export: Export, output: fx.Node) -> list[fx.Node | None]:
+        returned: Any = output.args[0]
+        kinds = [spec.kind for spec in export.program.graph_signature.output_specs]
+        return [
+            self.same.get(value, value) if isinstance(value, fx.Node) else None
+            for value, kind in zip(returned, kinds, strict=True)
+            if kind == OutputKind.USER_OUTPUT
+        ]
+
+    def _operation(self, node: fx.Node) -> Operation:
+        same = self.same
+        picked = node.target is operator.getitem
+        call: Any = node.args[0] if picked else node
+        args, kwargs = fx.node.map_arg((call.args, dict(call.kwargs)), lambda n: same.get(n, n))
+        return Operation(
+            call.target,
+            tuple(args),
+            dict(kwargs),
+            int(node.args[1]) if picked else None,  # type: ignore[arg-type]
+            node,
+            tuple(dict.fromkeys(_values_in((args, kwargs), same))),
+            self,
+        )
 
     def _layer_sizes(self) -> dict[str, int]:
         sizes: dict[str, set[Size]] = {}
@@ -218,134 +198,21 @@ class Dataflow:
     def constant(self, node: fx.Node) -> Tensor:
         """The value of what is constant, in float64 on the CPU."""
         if node in self._tensors:
-            value = self._tensors[node].cpu()
+            value = self._tensors[node].detach().cpu()
             return value.double() if value.is_floating_point() else value
         operation = self.operations[node]
         return operation.run({source: self.constant(source) for source in operation.sources})
 
 
-def _exported(model: nn.Module, example_inputs: Inputs, knows: Callable[[Any], bool]) -> Any:
-    traced = structural_copy(model).eval()
-    for name, layer in tail_dropouts(traced).items():
-
-        def stand_in(input: Tensor, name: str = name, layer: Any = layer) -> Tensor:
-            dim = range(input.ndim)[layer.dropout_dim]
-            fitted = isinstance(layer, FittedTailDropout)
-            output: Tensor = _layer_op(input, name, dim, layer.size if fitted else input.shape[dim])
-            return output
-
-        layer.forward = stand_in  # type: ignore[method-assign]
-    tensors = [x for x in tree_leaves(as_arguments(example_inputs)) if isinstance(x, Tensor)]
-    if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
-        raise PruningError("the example inputs must hold at least one sample")
-    symbols = [set(range(x.ndim)) for x in tensors]  # the dims whose size is one
-    try:
-        program = _export(traced, example_inputs, tensors, symbols, knows)
-        tied = _tied_to_numbers(program)
-        if any(tied):
-            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
-            program = _export(traced, example_inputs, tensors, symbols, knows)
-        if not any(_tied_to_numbers(program)):
-            return program
-    except Exception:  # the sizes of some models can't be symbols
-        pass
-    try:
-        return _export(traced, example_inputs, tensors, [set() for _ in tensors], knows)
-    except Exception as error:
-        raise PruningError(
-            "the model must be exportable by torch.export, which reads its dataflow, but "
-            f"exporting it failed: {str(error).strip().splitlines()[0]}"
-        ) from error
+def _is_used(node: fx.Node) -> bool:
+    """Not so are those of several results of an operation that nothing reads."""
+    return bool(node.users) or node.target is not operator.getitem
 
 
-def _export(
-    model: nn.Module,
-    example_inputs: Inputs,
-    tensors: list[Tensor],
-    symbols: list[set[int]],
-    knows: Callable[[Any], bool],
-) -> Any:
-    args, kwargs = as_arguments(example_inputs)
-    sizes = ShapesCollection()
-    for tensor, dims in zip(tensors, symbols, strict=True):
-        sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
-    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols():
-        warnings.simplefilter("ignore")  # torch's, about its own tracing
-        program = torch.export.export(
-            model,
-            args,
-            kwargs,
-            dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
-            strict=False,
-        )
-        if _needs_decomposing(program.graph, knows):
-            program = program.run_decompositions({})
-    return program
-
-
-def _tied_to_numbers(program: Any) -> list[set[int]]:
-    """The dims of each input that must multiply to a number, as where pixels are flattened."""
-    inputs = [
-        node.meta["val"]
-        for node, spec in zip(
-            (node for node in program.graph.nodes if node.op == "placeholder"),
-            program.graph_signature.input_specs,
-            strict=True,
-        )
-        if spec.kind == InputKind.USER_INPUT and is_tensor(node)
-    ]
-    tied: set[Any] = set()
-    for value in inputs[:1]:
-        environment = value.fake_mode.shape_env
-        for guard in environment.guards if environment is not None else ():
-            relation = environment.replace(guard.expr)
-            if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
-                tied |= relation.free_symbols
-    return [
-        {d for d, size in enumerate(map(size_of, value.shape)) if _symbols_of(size) & tied}
-        for value in inputs
-    ]
-
-
-def _symbols_of(size: Size) -> set[Any]:
-    return set() if isinstance(size, int) else size.free_symbols
-
-
-def _sizes_are_symbols() -> AbstractContextManager[None]:
-    """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
-    if not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
-        return nullcontext()
-    config: Any = symbolic_config
-    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
-    return patched
-
-
-def _needs_decomposing(graph: fx.Graph, knows: Callable[[Any], bool]) -> bool:
-    """Where something is changed in place, values are no values; no layer is to be hidden; and
-    what torch writes in terms of simpler operations may be of ones that are known."""
-    targets = [node.target for node in graph.nodes if node.op == "call_function"]
-    if any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets):
-        return True
-    operations = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
-    return any(
-        op._schema.is_mutable or (op._can_decompose() and not knows(op)) for op in operations
-    )
-
-
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def shape(node: fx.Node) -> tuple[Size, ...]:
-    """The size of each dim: a number, or an expression of symbols."""
-    return tuple(size_of(size) for size in node.meta["val"].shape)
-
-
-def size_of(size: int | torch.SymInt) -> Size:
-    if isinstance(size, int):
-        return size
-    expression: sympy.Expr = size.node.shape_env.replace(size.node.expr)
-    return int(expression) if expression.is_number else expression
+def _values_in(arguments: Any, same: Mapping[fx.Node, fx.Node]) -> Iterator[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, lambda node: found.append(same.get(node, node)))
+    return (node for node in found if is_tensor(node))
 
 
 def count_of(place: "tuple[fx.Node, int]") -> int | None:

@@ -8,16 +8,19 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
 from .constants import Known
-from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, module_of, shape, where
+from .dataflow import Dataflow, Operation, count_of, layer_dim, module_of, where
+from .exports import LAYER, shape
+from .norms import Norms
 from .relations import Made, Place, Read, Relation, Saying
 from .rules import Rule, belongs_to_attention, rule_of
+from .tails import find_tails
 
 Say = Callable[[Operation], tuple[Saying, ...]]
 
@@ -31,35 +34,50 @@ class Solution:
         reasons: what needs them, and how.
         constants: what is known of the features at each place.
         reads: all reads of these places.
+        tails: where the tails of the layers arrive, if what the model returns is to be cut.
     """
 
     stays: dict[Place, Tensor]
     reasons: list[tuple[str, str]]
     constants: "Constants"
     reads: list[Read]
+    tails: dict[Place, Tensor]
 
     def gone(self, place: Place) -> Tensor:
         return self.stays[place] == 0
 
 
-def solve(flow: Dataflow, say: Say, ks: dict[str, int], trust_sizes: bool = True) -> Solution:
+def solve(
+    flow: Dataflow,
+    say: Say,
+    norms: Norms,
+    ks: dict[str, int],
+    whole: Collection[fx.Node] = (),
+    outputs: bool = False,
+) -> Solution:
     """What can go when the layers are set to `ks`.
 
-    The dataflow does not tell a reshape by sizes that stand in the model's code from one by the
-    sizes of its input. With `trust_sizes` it is taken for the latter. Without, features stay that
-    are reshaped or split.
+    The dataflow does not tell a number that was written in the model's code from one that was
+    read from a shape, and may be another when features go. Where that matters, the operations of
+    these values are in `whole`: what they read and what they compute stays.
+
+    What the model returns keeps its shape; with `outputs` the tails of the layers may go from it
+    where they are zero.
     """
     constants = find_constants(flow, say, ks)
     ties = _reached(flow, say, ks)
     reads = _reads_of(flow, say, ties)
     kept = _Kept(flow, ties)
-    kept.add(_needs(flow, say, ties))
+    tails = find_tails(flow, say, ks) if outputs else {}
+    kept.add(_needs(flow, say, norms, ties))
+    kept.add(_needs_of_outputs(flow, constants, ties, tails))
+    kept.add(_needs_of_whole(flow, ties, whole))
     for read in reads:
         kept.add(_needs_of_read(flow, say, constants, read))
     kept.settle()
-    while kept.add(_overlooked(flow, kept.stays, ks, trust_sizes)):
+    while kept.add(_overlooked(flow, norms, kept.stays, ks)):
         kept.settle()
-    return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads)
+    return Solution(kept.stays, [("", ""), *kept.reasons], constants, reads, tails)
 
 
 # ---------------------------------------------------------------------------- what is constant
@@ -269,7 +287,9 @@ def _reads_of(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) ->
     ]
 
 
-def _needs(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) -> Iterator[_Need]:
+def _needs(
+    flow: Dataflow, say: Say, norms: Norms, reached: dict[Place, list[Relation]]
+) -> Iterator[_Need]:
     """What needs features by itself, whatever becomes of others."""
     for place in reached:
         node, _ = place
@@ -296,10 +316,39 @@ def _needs(flow: Dataflow, say: Say, reached: dict[Place, list[Relation]]) -> It
                     yield _Need(place, made.features, where(own), text)
         for user in flow.users[node]:
             if not any(place in tie.places for tie in _ties(say(user))):
-                text = "needs all features at once, or is not supported"
-                yield _Need(place, None, where(user), text)
-        if node in flow.returned:
-            yield _Need(place, None, "the output of the model", "must keep its shape")
+                yield _Need(place, None, where(user), norms.refused.get(user) or _mixes(user))
+
+
+def _needs_of_outputs(
+    flow: Dataflow, constants: Constants, reached: Iterable[Place], tails: dict[Place, Tensor]
+) -> Iterator[_Need]:
+    """Of what is returned only zeros can go, and only those of the tails."""
+    for place in reached:
+        if place[0] not in flow.returned:
+            continue
+        if place in tails:
+            goes = tails[place]
+            if place in constants.lost:
+                text = "makes them differ from sample to sample, and the model returns them"
+                yield _Need(place, goes, constants.lost[place], text)
+            text = "has other features there than zeros"
+            yield _Need(place, goes & ~constants.at(place).zero, "the output of the model", text)
+        rest = ~tails[place] if place in tails else None
+        yield _Need(place, rest, "the output of the model", "must keep its shape")
+
+
+def _mixes(operation: Operation) -> str:
+    return (rule_of(operation) or Rule(lambda operation: ())).mixes
+
+
+def _needs_of_whole(
+    flow: Dataflow, reached: Iterable[Place], whole: Collection[fx.Node]
+) -> Iterator[_Need]:
+    for place in reached:
+        for operation in _operations_at(flow, place[0]):
+            if operation.output in whole:
+                text = "has sizes in the model's code, which pruning would change"
+                yield _Need(place, None, where(operation), text)
 
 
 def _needs_of_read(flow: Dataflow, say: Say, constants: Constants, read: Read) -> Iterator[_Need]:
@@ -378,7 +427,7 @@ def name_of_bias(flow: Dataflow, read: Read) -> str | None:
 
 
 def _overlooked(
-    flow: Dataflow, stays: dict[Place, Tensor], ks: dict[str, int], trust_sizes: bool
+    flow: Dataflow, norms: Norms, stays: dict[Place, Tensor], ks: dict[str, int]
 ) -> Iterator[_Need]:
     """What stays since other features go."""
     for place, kept in stays.items():
@@ -393,12 +442,11 @@ def _overlooked(
                 first = torch.arange(len(gone)) == 0
                 text = "can't be run by torch on no features"
                 yield _Need(place, first, where(operation), text)
-            if not trust_sizes and rule.has_sizes:
-                text = "has sizes in the model's code, which pruning would change"
-                yield _Need(place, None, where(operation), text)
             if rule.takes is not None and not _takes_the_same(operation, rule, stays):
                 text = "takes features by their number, which pruning would change"
                 yield _Need(place, None, where(operation), text)
+    for norm, text in norms.needs(stays):
+        yield _Need(norm.place, None, where(norm.operation), text)
     calls = [o for o in flow.calls() if o.args[1] in ks]
     for operation in calls:
         yield _a_prefix(operation, stays, ks[operation.args[1]])

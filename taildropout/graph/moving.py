@@ -6,7 +6,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .dataflow import Operation, Size, count_of, shape
+from .dataflow import Operation, count_of
+from .exports import Size, shape
 from .relations import Made, Part, Relation, Saying, dims_alike, related, same
 
 Taken = Callable[[int], Tensor] | None

@@ -27,9 +27,11 @@ from .constants import (
     zeros_from_any_factor,
     zeros_from_related,
 )
-from .dataflow import LAYER, Dataflow, Operation, count_of, layer_dim, shape
+from .dataflow import Dataflow, Operation, count_of, layer_dim
+from .exports import LAYER, shape
 from .moving import Taken
-from .relations import Saying, dims_alike, read, related, same
+from .norms import Norms
+from .relations import Relation, Saying, dims_alike, read, related, same
 
 aten = torch.ops.aten
 
@@ -47,6 +49,7 @@ class Rule:
         takes: along which dims it takes features, and which, by numbers that stand in the code.
         has_sizes: sizes of its input or output stand among its arguments.
         runs_on_nothing: torch can run it where all features are gone.
+        mixes: why it needs all features of the dims of which it says nothing.
     """
 
     says: Callable[[Operation], Iterable[Saying]]
@@ -55,6 +58,7 @@ class Rule:
     takes: Callable[[Operation], dict[int, Taken]] | None = None
     has_sizes: bool = False
     runs_on_nothing: bool = False
+    mixes: str = "needs all features at once, or is not supported"
 
 
 def rule_of(operation: Operation) -> Rule | None:
@@ -69,7 +73,8 @@ def is_known(target: Any) -> bool:
 class Sayings:
     """What all operations say, asked once; of the layers, at the given ks."""
 
-    def __init__(self) -> None:
+    def __init__(self, norms: Norms) -> None:
+        self._norms = norms
         self._said: dict[Operation, tuple[Saying, ...]] = {}
 
     def at(self, ks: dict[str, int]) -> Callable[[Operation], tuple[Saying, ...]]:
@@ -81,7 +86,7 @@ class Sayings:
             if operation not in said:
                 rule = rule_of(operation)
                 found = _layer(operation, ks) if is_layer else rule.says(operation) if rule else ()
-                said[operation] = tuple(found)
+                said[operation] = (*found, *self._norms.say(operation))
             return said[operation]
 
         return say
@@ -95,6 +100,8 @@ def _layer(operation: Operation, ks: dict[str, int]) -> Iterator[Saying]:
     input, output, dim = operation.args[0], operation.output, layer_dim(operation)
     yield from dims_alike(input, output, [d for d in range(len(shape(output))) if d != dim])
     n, out_n, k = count_of((input, dim)), count_of((output, dim)), ks.get(operation.args[1])
+    if n is None and out_n is not None:  # a fitted layer, which takes any number from outside
+        yield Relation((output, dim), ())
     if n is not None and out_n is not None:
         before, after = torch.arange(n), torch.arange(out_n)
         if k is not None:
@@ -608,8 +615,12 @@ RULES: dict[Any, Rule] = {
         getattr(aten, f"avg_pool{d}d").default: Rule(_all_but(_last(d)), _unpadded(3))
         for d in (1, 2, 3)
     },
-    aten.layer_norm.default: Rule(_all_but(_normalised), _of_normalised_zeros),
-    aten.rms_norm.default: Rule(_all_but(_normalised), zeros_from_related),
+    aten.layer_norm.default: Rule(
+        _all_but(_normalised),
+        _of_normalised_zeros,
+        mixes="subtracts the mean over all n features, zeros among them",
+    ),
+    aten.rms_norm.default: Rule(_all_but(_normalised), zeros_from_any(0), has_sizes=True),
     aten.group_norm.default: Rule(_all_but(lambda operation, rank: range(1, rank))),
     **_each(
         (aten.mean.dim, aten.amax.default, aten.amin.default),

@@ -12,17 +12,30 @@ class FittedTailDropout(TailDropout):
     Where the module in front of a layer can't be cut, more features arrive, and the rest of them
     is sliced away; where the one behind can't be cut, zeros are added. Everything else, and what
     p and k mean, is as in a TailDropout of `width` features.
+
+    For whoever wants it without this layer: `arrives` is the number of features that arrive, and
+    `behind` that of the dims behind them. None where they are not known, or not always the same.
     """
 
     width: int
     size: int
+    arrives: int | None = None
+    behind: int | None = None
 
     @classmethod
-    def fit(cls, layer: TailDropout, width: int, size: int) -> "FittedTailDropout":
+    def fit(
+        cls,
+        layer: TailDropout,
+        width: int,
+        size: int,
+        arrives: int | None = None,
+        behind: int | None = None,
+    ) -> "FittedTailDropout":
         """A copy of the layer, fitted."""
         fitted = cls()
         fitted.__dict__.update(layer.__dict__)
         fitted.width, fitted.size = width, size
+        fitted.arrives, fitted.behind = arrives, behind
         return fitted
 
     def forward(self, input: Tensor) -> Tensor:

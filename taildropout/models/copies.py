@@ -1,6 +1,7 @@
 """Copies of a model, and its tensors by name."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     """A copy that shares all tensors with the model: its modules can be changed freely."""
     tensors = [*model.parameters(), *model.buffers()]
     try:
-        return copy.deepcopy(model, {id(t): t for t in tensors})
+        return without_cache(copy.deepcopy(model, {id(t): t for t in tensors}))
     except Exception as error:
         message = str(error).strip().partition(". ")[0]
         raise PruningError(f"the model must be one that copy.deepcopy copies: {message}") from error
@@ -29,4 +30,17 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 def with_own_buffers(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters only: running it may change buffers."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    return without_cache(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+
+
+def without_cache(model: nn.Module) -> nn.Module:
+    """The copy itself, which no longer returns keys and values beside what it computes.
+
+    The language models of Hugging Face return them by default, in an object that neither
+    `torch.export` nor a comparison looks into.
+    """
+    for module in model.modules():
+        config: Any = vars(module).get("config")
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False
+    return model

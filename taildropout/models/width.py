@@ -114,6 +114,20 @@ def k_at(width: Width, n: int) -> int:
     return math.ceil(width * n - 1e-9 * n) if isinstance(width, float) else width
 
 
+def check_multiple_of(multiple_of: Any) -> int:
+    """What ks are multiples of: an int of at least 1."""
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, Integral):
+        raise TypeError(f"multiple_of must be an int, got {multiple_of!r}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
+    return int(multiple_of)
+
+
+def rounded_up(k: int, multiple_of: int, n: int) -> int:
+    """The next multiple from k on, or n where that is above it; a k above n stays what it is."""
+    return max(k, min(-(-k // multiple_of) * multiple_of, n))
+
+
 def _is_fraction(width: Any) -> bool:
     return isinstance(width, Real) and not isinstance(width, Integral)
 

@@ -11,6 +11,7 @@ from ..measuring.per_sample import Loss
 from ..measuring.scree import scree
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
+from ..models.width import rounded_up
 from .plan import plan_pruning
 
 
@@ -51,6 +52,7 @@ def choose_widths(
     *,
     of: Literal["parameters", "flops"] = "parameters",
     steps: int = 16,
+    multiple_of: int = 1,
     progress: bool = True,
 ) -> WidthPath:
     """Share out a budget among all TailDropout layers of a model.
@@ -69,11 +71,12 @@ def choose_widths(
         example_inputs: as in `plan_pruning`.
         of: what the budget counts.
         steps: into how many equal pieces a layer is cut. More are finer and take longer.
+        multiple_of: round every width up to a multiple of it, as in `plan_pruning`.
         progress: show the progress bars of the measurements.
 
     Raises:
         ValueError: no TailDropout layer, a budget outside of (0, 1] or one that even layers of
-            one feature exceed, data that can be gone through once only.
+            one feature (or of `multiple_of`) exceed, data that can be gone through once only.
         PruningError: as in `plan_pruning`.
 
     Example:
@@ -98,16 +101,19 @@ def choose_widths(
     if not layers:
         raise ValueError("the model must contain TailDropout layers, and has none")
 
-    smallest = plan_pruning(model, dict.fromkeys(layers, 1), example_inputs)
+    one = dict.fromkeys(layers, 1)
+    smallest = plan_pruning(model, one, example_inputs, multiple_of=multiple_of)
 
     def cost_at(widths: dict[str, int]) -> int:
         return int(getattr(smallest.at(widths).after, of))
 
     limit = budget * getattr(smallest.before, of)
     if getattr(smallest.after, of) > limit:
-        raise ValueError(f"budget {budget} is too small: layers of one feature exceed it")
+        raise ValueError(
+            f"budget {budget} is too small: layers of {_features(multiple_of)} exceed it"
+        )
     widths = dict(smallest.n)
-    sizes = {name: _sizes(n, steps) for name, n in widths.items()}
+    sizes = {name: _sizes(n, steps, multiple_of) for name, n in widths.items()}
     path: list[WidthStep] = []
     while True:
         cost = cost_at(widths)
@@ -145,6 +151,11 @@ def _largest_enough(ks: list[int], saved_by_all: float, needed: float) -> int | 
     return max(enough, default=None)
 
 
-def _sizes(n: int, steps: int) -> list[int]:
+def _sizes(n: int, steps: int, multiple_of: int) -> list[int]:
     """The widths that a layer of n features may take: multiples of about n / steps, from 1 on."""
-    return sorted({max(1, round(n * step / steps)) for step in range(steps + 1)})
+    sizes = {max(1, round(n * step / steps)) for step in range(steps + 1)}
+    return sorted({rounded_up(size, multiple_of, n) for size in sizes})
+
+
+def _features(count: int) -> str:
+    return "one feature" if count == 1 else f"{count} features"

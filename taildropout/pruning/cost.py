@@ -1,6 +1,6 @@
 """What a network costs: its parameters, and the FLOPs of one call."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.fakes import on_fakes
+from ..models.inputs import Inputs, call
 
 Shape = Sequence[int]
 
@@ -25,10 +28,14 @@ class Cost:
     flops: int
 
 
-def costs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[str, Cost]:
-    """The cost of every module by name, "" for the whole model, in what `run` does with it."""
-    with _no_fused_encoder(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        run()
+def costs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
+    """The cost of every module by name, "" for the whole model, in eval mode on these inputs."""
+    with (
+        _no_fused_encoder(),
+        on_fakes(model, inputs) as (fake, fake_inputs),
+        FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter,
+    ):
+        call(fake.eval(), fake_inputs)
     counts = counter.get_flop_counts()
     root = type(model).__name__
     costs = {}

@@ -1,18 +1,21 @@
 """What it means for parameters and buffers that features go."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
 from ..functional.checks import check_k_at_most
 from ..graph.dataflow import Dataflow, layer_dim
+from ..graph.exports import shape
 from ..graph.features import Solution, contribution, name_of_bias, solve
+from ..graph.norms import Norms
 from ..graph.relations import Place
 from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.inputs import Inputs
+from .outputs import OutputCut, cuts_of_outputs
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,34 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Rescale:
+    """A root mean square norm that averages over `after` features instead of `before`.
+
+    Its weights are multiplied by sqrt(before / after), or what they are with `plus` is; its eps by
+    before / after.
+    """
+
+    weights: tuple[str, ...]
+    plus: float
+    module: str
+    eps: str | None  # the attribute of the module; None where there is no eps
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Fit:
-    """A layer that takes the first `width` of what arrives, and hands `size` features on."""
+    """A layer that takes the first `width` of what arrives, and hands `size` features on.
+
+    `arrives` is how many there are, and `behind` the number of dims behind theirs; None where
+    that differs from call to call.
+    """
 
     layer: str
     width: int
     size: int
+    arrives: int | None = None
+    behind: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,14 +79,22 @@ class Stay:
 
 @dataclass(frozen=True)
 class Findings:
-    """What can go from a model at given ks, and what can't."""
+    """What can go from a model at given ks, and what can't.
 
+    `of_norms` are the values to whose operations an eps belongs that is another afterwards: how
+    many features the norm averages before and after.
+    """
+
+    solution: Solution
     k: dict[str, int]
     n: dict[str, int]
     cuts: list[Cut]
     folds: list[Fold]
     fits: list[Fit] = field(default_factory=list)
     stays: list[Stay] = field(default_factory=list)
+    rescales: list[Rescale] = field(default_factory=list)
+    of_norms: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    output_cuts: list[OutputCut] = field(default_factory=list)
 
 
 class Reading:
@@ -69,13 +102,17 @@ class Reading:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
         self.flow = Dataflow(model, example_inputs, is_known)
-        self._sayings = Sayings()
+        self.norms = Norms(self.flow, example_inputs)
+        self._sayings = Sayings(self.norms)
 
-    def find(self, k: dict[str, int], *, trust_sizes: bool = True) -> Findings:
-        """All cuts that setting `k` (by layer name) allows. `trust_sizes` as in `solve`.
+    def find(
+        self, k: dict[str, int], whole: Collection[fx.Node] = (), *, outputs: bool = False
+    ) -> Findings:
+        """All cuts that setting `k` (by layer name) allows. `whole`, `outputs` as in `solve`.
 
         Raises:
-            PruningError: the model does not call a layer, or not with one number of features.
+            PruningError: the model does not call a layer, or not with one number of features;
+                with `outputs`, the features that it returns can't be cut to k.
             ValueError: k is above the number of features.
         """
         flow = self.flow
@@ -88,14 +125,20 @@ class Reading:
             if isinstance(layer, FittedTailDropout)
         }
         ks = {**fitted, **k}
-        found = solve(flow, self._sayings.at(ks), ks, trust_sizes)
+        found = solve(flow, self._sayings.at(ks), self.norms, ks, whole, outputs)
+        stays = list(dict.fromkeys(_stays(flow, found, k)))
+        behind = [f"{stay.name} {stay.reason}" for stay in stays if stay.side == "behind"]
         return Findings(
+            found,
             k,
             n,
             _cuts(flow, found),
             list(_folds(flow, found)),
             list(_fits(flow, found, ks)),
-            list(_stays(flow, found, k)),
+            stays,
+            list(_rescales(flow, found, self.norms)),
+            dict(_of_norms(found, self.norms)),
+            cuts_of_outputs(flow, found, behind) if outputs else [],
         )
 
 
@@ -134,17 +177,40 @@ def _rows(weight: Place) -> Place:
     return node, 1 - dim if dim < 2 else 0
 
 
+def _of_norms(found: Solution, norms: Norms) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
+    for norm in norms.found.values():
+        before, after = norms.counts(norm, found.stays)
+        if before != after and norm.adds is not None:
+            yield norm.adds.output, (before, after)
+
+
+def _rescales(flow: Dataflow, found: Solution, norms: Norms) -> Iterator[Rescale]:
+    for norm in norms.found.values():
+        before, after = norms.counts(norm, found.stays)
+        if before == after:
+            continue
+        holder = norms.holder(norm)
+        module, eps = ("", None) if holder is None else (holder.module, holder.attribute)
+        for factor in norm.factors:
+            names = tuple(flow.names[factor.weight])
+            yield Rescale(names, factor.plus, module, eps, before, after)
+
+
 def _fits(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fit]:
-    fits = {}
+    calls: dict[str, set[Fit]] = {}
     for operation in flow.calls():
         name, dim = operation.args[1], layer_dim(operation)
         if name in ks:
-            arrives = found.stays[(operation.args[0], dim)] > 0
+            arrives = int((found.stays[(operation.args[0], dim)] > 0).sum())
             leaves = found.stays[(operation.output, dim)] > 0
             width, size = int(leaves[: ks[name]].sum()), int(leaves.sum())
-            if (int(arrives.sum()), size) != (width, width):
-                fits[name] = Fit(name, width, size)
-    yield from fits.values()
+            behind = len(shape(operation.output)) - 1 - dim
+            calls.setdefault(name, set()).add(Fit(name, width, size, arrives, behind))
+    for name, fits in calls.items():
+        is_fitted = isinstance(flow.layers[name], FittedTailDropout)
+        if is_fitted or any((fit.arrives, fit.size) != (fit.width, fit.width) for fit in fits):
+            one, *others = fits
+            yield Fit(name, one.width, one.size) if others else one
 
 
 def _stays(flow: Dataflow, found: Solution, k: dict[str, int]) -> Iterator[Stay]:

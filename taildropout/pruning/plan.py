@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.copies import PruningError, tensors_by_name, with_own_buffers
+from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-from ..models.width import Widths, at_width, layer_ks
+from ..models.width import Widths, check_multiple_of, layer_ks, rounded_up
+from .configs import fit_configs
 from .cost import Cost, costs_by_module
-from .cuts import Cut, Fit, Fold, Reading, Stay
+from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay
+from .outputs import OutputCut
+from .predicted import cut_as_predicted
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
-from .verify import Verification, difference_of, run, run_pruned, verify
+from .verify import Verification, verify
 
-FORMAT = 1
+FORMAT = 2  # 1 had no rescales
 
 # Up to this number of parameters a plan is verified in float64; beyond, that is too much memory.
 MOST_IN_FLOAT64 = 2**25
@@ -44,6 +47,7 @@ class PrunePlan:
         n: the width that it has.
         cuts: the indices that stay, for each parameter and buffer that is cut.
         folds: the constants that the columns that go contributed, added to biases.
+        rescales: the root mean square norms that average over fewer features.
         fits: the layers that slice what arrives or add zeros, since a neighbour can't be cut.
         stays: what can't go although k says so, and why.
         changes: the modules that are cut.
@@ -52,6 +56,10 @@ class PrunePlan:
         model: the one that the plan was made for.
         example_inputs: what it was analysed with.
         reading: the model's dataflow, which plans for other ks are made from too.
+        asked: the k that each layer was to get, before it was rounded up.
+        multiple_of: what it was rounded up to a multiple of.
+        outputs: whether the features that the model returns are cut too.
+        output_cuts: what goes from what the model returns.
         verifications: what `apply` compared, in which dtype, and what it could not compare.
     """
 
@@ -59,6 +67,7 @@ class PrunePlan:
     n: dict[str, int]
     cuts: list[Cut] = field(repr=False)
     folds: list[Fold] = field(repr=False)
+    rescales: list[Rescale] = field(repr=False)
     fits: list[Fit] = field(repr=False)
     stays: list[Stay] = field(repr=False)
     changes: list[Change] = field(repr=False)
@@ -67,6 +76,10 @@ class PrunePlan:
     model: nn.Module = field(repr=False)
     example_inputs: Inputs = field(repr=False)
     reading: Reading = field(repr=False)
+    asked: dict[str, int] = field(default_factory=dict, repr=False)
+    multiple_of: int = 1
+    outputs: bool = False
+    output_cuts: list[OutputCut] = field(default_factory=list, repr=False)
     verifications: list[Verification] = field(default_factory=list, repr=False)
 
     def apply(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -89,25 +102,38 @@ class PrunePlan:
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
+        fit_configs(small, model)
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64
-        compared = verify(model, small, self._cut_copy, self.k, self.example_inputs, dtype)
+        compared = verify(
+            model, small, self._cut_copy, self.k, self.example_inputs, dtype, self.output_cuts
+        )
         self.verifications.append(compared)
         return small
 
-    def at(self, k: Widths) -> "PrunePlan":
+    def at(
+        self, k: Widths, *, multiple_of: int | None = None, outputs: bool | None = None
+    ) -> "PrunePlan":
         """The plan for another k, without reading the model anew.
 
-        Args and errors as in `plan_pruning`.
+        Args and errors as in `plan_pruning`; `multiple_of` and `outputs` are those of this plan
+        where they are None.
         """
-        return _plan(self.model, k, self.example_inputs, self.reading)
+        return _plan(
+            self.model,
+            k,
+            self.example_inputs,
+            self.reading,
+            self.multiple_of if multiple_of is None else check_multiple_of(multiple_of),
+            self.outputs if outputs is None else outputs,
+        )
 
     def sweep(self, ks: Iterable[Widths], *, repeats: int = 15) -> Sweep:
         """What the network would cost at other ks: parameters, FLOPs, and measured time.
 
         Args:
-            ks: as the k of `plan_pruning`.
+            ks: as the k of `plan_pruning`. They are rounded up as those of this plan.
             repeats: the time of one call on the example inputs is the median of so many, and the
                 networks take turns.
 
@@ -124,7 +150,7 @@ class PrunePlan:
         seconds = seconds_per_call(small, self.example_inputs, repeats)
         return Sweep(
             [
-                SweepPoint(k, plan.after.parameters, plan.after.flops, time)
+                SweepPoint(plan._of_one(k), plan.after.parameters, plan.after.flops, time)
                 for k, plan, time in zip(ks, plans, seconds, strict=True)
             ]
         )
@@ -149,10 +175,16 @@ class PrunePlan:
             table.add_row(*row)
         return Group(*self._headings(), table, *self._remarks())
 
+    def _of_one(self, k: Widths) -> Widths:
+        """What the k of a model with one layer became; anything else as it was said."""
+        return next(iter(self.k.values())) if isinstance(k, int) else k
+
     def _headings(self) -> list[str]:
         headings = []
         for name, k in self.k.items():
-            note = "" if k < self.n[name] else ": nothing to remove"
+            asked = self.asked.get(name, k)
+            note = "" if k == asked else f" ({asked} rounded up, multiple_of={self.multiple_of})"
+            note += "" if k < self.n[name] else ": nothing to remove"
             headings.append(f"TailDropout {name!r}: k = {k} of {self.n[name]} features{note}")
         return headings
 
@@ -169,6 +201,12 @@ class PrunePlan:
         remarks = [
             f"{fold.name} takes in the constant of the columns that go" for fold in self.folds
         ]
+        remarks += [str(cut) for cut in self.output_cuts]
+        remarks += [
+            f"{' = '.join(r.weights)} takes in sqrt({r.before}/{r.after}): the norm that it belongs "
+            f"to averages {r.after} features instead of {r.before}"
+            for r in self.rescales
+        ]
         remarks += [
             f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
@@ -180,7 +218,7 @@ class PrunePlan:
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         shared = {id(tensors[cut.name]): tensors[cut.name] for cut in self.cuts}
         small = copy.deepcopy(model, shared)
-        operate(small, self.cuts, self.folds, self.fits)
+        operate(small, self.cuts, self.folds, self.fits, self.rescales)
         return small
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,11 +229,23 @@ class PrunePlan:
             "n": self.n,
             "cuts": [[cut.name, cut.dim, cut.size, list(cut.keep)] for cut in self.cuts],
             "biases": [fold.name for fold in self.folds],
-            "fits": [[fit.layer, fit.width, fit.size] for fit in self.fits],
+            "fits": [
+                [fit.layer, fit.width, fit.size, fit.arrives, fit.behind] for fit in self.fits
+            ],
+            "rescales": [
+                [list(r.weights), r.plus, r.module, r.eps, r.before, r.after] for r in self.rescales
+            ],
         }
 
 
-def plan_pruning(model: nn.Module, k: Widths, example_inputs: Inputs) -> PrunePlan:
+def plan_pruning(
+    model: nn.Module,
+    k: Widths,
+    example_inputs: Inputs,
+    *,
+    multiple_of: int = 1,
+    outputs: bool = False,
+) -> PrunePlan:
     """Find out what goes from a model when its TailDropout layers are pruned to k.
 
     The dataflow is read from `torch.export`. In front of a layer, what computes the tail goes:
@@ -213,12 +263,19 @@ def plan_pruning(model: nn.Module, k: Widths, example_inputs: Inputs) -> PrunePl
             layer names, or None for the ks that are set.
         example_inputs: a tensor (`model(x)`), a tuple (`model(*inputs)`) or a dict
             (`model(**inputs)`) with at least one sample.
+        multiple_of: round every k up to a multiple of it (or to n): hardware likes multiples of
+            8 or 64. The summary says what k became.
+        outputs: cut the features that the model returns too, so that an encoder that ends in a
+            layer returns the first k. All other returned values keep their shapes.
 
     Raises:
         PruningError: the model can't be exported, does not call a layer, or does not run after
-            it was cut (a size is written in its code).
-        ValueError: no layer, no k, an unknown layer name, or k outside 0, ..., n.
-        TypeError: k is not an integer.
+            it was cut (a size is written in its code); with `outputs`, the model does not return
+            features of a layer, or they can't be cut to k, since more than the first k of them
+            are not zero or are needed.
+        ValueError: no layer, no k, an unknown layer name, k outside 0, ..., n, or multiple_of
+            below 1.
+        TypeError: k or multiple_of is not an integer.
 
     Example:
         >>> from taildropout import TailDropout
@@ -231,28 +288,30 @@ def plan_pruning(model: nn.Module, k: Widths, example_inputs: Inputs) -> PrunePl
         all                              212 -> 69   768 -> 240
     """
     layer_ks(model, k, lambda name: 1)  # complains before anything is read
-    return _plan(model, k, example_inputs, Reading(model, example_inputs))
+    multiple_of = check_multiple_of(multiple_of)
+    reading = Reading(model, example_inputs)
+    return _plan(model, k, example_inputs, reading, multiple_of, outputs)
 
 
-def _plan(model: nn.Module, k: Widths, example_inputs: Inputs, reading: Reading) -> PrunePlan:
-    ks = layer_ks(model, k, reading.flow.n_of)
-    costs = _costs(with_own_buffers(model), example_inputs)
-    for trust_sizes in (True, False):
-        found = reading.find(ks, trust_sizes=trust_sizes)
-        small = with_own_buffers(model)
-        operate(small, found.cuts, found.folds, found.fits)
-        try:
-            after = _costs(small, example_inputs)
-            if not trust_sizes or _agree(model, ks, small, example_inputs):
-                break
-        except PruningError:
-            if not trust_sizes:
-                raise
+def _plan(
+    model: nn.Module,
+    k: Widths,
+    example_inputs: Inputs,
+    reading: Reading,
+    multiple_of: int,
+    outputs: bool,
+) -> PrunePlan:
+    n_of = reading.flow.n_of
+    asked = layer_ks(model, k, n_of)
+    ks = {name: rounded_up(k, multiple_of, n_of(name)) for name, k in asked.items()}
+    found, small = cut_as_predicted(model, ks, reading, outputs=outputs)
+    costs, after = costs_by_module(model, example_inputs), costs_by_module(small, example_inputs)
     return PrunePlan(
         found.k,
         found.n,
         found.cuts,
         found.folds,
+        found.rescales,
         found.fits,
         found.stays,
         _changes(model, small, found.cuts, costs, after),
@@ -261,10 +320,21 @@ def _plan(model: nn.Module, k: Widths, example_inputs: Inputs, reading: Reading)
         model,
         example_inputs,
         reading,
+        asked,
+        multiple_of,
+        outputs,
+        found.output_cuts,
     )
 
 
-def prune(model: nn.Module, k: Widths, example_inputs: Inputs) -> nn.Module:
+def prune(
+    model: nn.Module,
+    k: Widths,
+    example_inputs: Inputs,
+    *,
+    multiple_of: int = 1,
+    outputs: bool = False,
+) -> nn.Module:
     """A smaller copy of the model that computes what the model computes with k set.
 
     `plan_pruning` and `PrunePlan.apply` in one; see there for arguments and errors.
@@ -279,14 +349,15 @@ def prune(model: nn.Module, k: Widths, example_inputs: Inputs) -> nn.Module:
           (2): ReLU()
           (3): Linear(in_features=5, out_features=4, bias=True)
         )
+
+        An encoder that returns its features returns the first k of them:
+
+        >>> encoder, x = model[:3], torch.randn(2, 8)
+        >>> prune(encoder, 5, x, multiple_of=2, outputs=True)(x).shape
+        torch.Size([2, 6])
     """
-    return plan_pruning(model, k, example_inputs).apply(model)
-
-
-def _costs(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
-    """Of every module by name, "" for the whole model."""
-    model.eval()  # with no k set
-    return costs_by_module(model, lambda: run_pruned(model, inputs))
+    plan = plan_pruning(model, k, example_inputs, multiple_of=multiple_of, outputs=outputs)
+    return plan.apply(model)
 
 
 def _changes(
@@ -320,13 +391,6 @@ def _from_to(before: Cost, after: Cost) -> tuple[str, str]:
         f"{before.parameters:,} -> {after.parameters:,}",
         f"{before.flops:,} -> {after.flops:,}",
     )
-
-
-def _agree(model: nn.Module, ks: dict[str, int], small: nn.Module, inputs: Inputs) -> bool:
-    """Whether it seems so, on the example inputs in their own precision."""
-    large = with_own_buffers(model).eval()
-    with at_width(large, ks):
-        return difference_of(run(large, inputs), run(small, inputs)).is_rounding
 
 
 def check_model_fits(cuts: list[Cut], tensors: Mapping[str, Tensor]) -> None:

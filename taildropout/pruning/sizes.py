@@ -71,13 +71,8 @@ def sizes_of_linears(model: nn.Module) -> dict[str, int]:
 
 
 def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
-    """Numbers of heads and widths that models hold as attributes, beside their Linear layers.
-
-    A model's `config` holds one number for all its blocks: it is changed where all agree.
-    """
+    """Numbers of heads and widths that modules hold as attributes, beside their Linear layers."""
     after = sizes_of_linears(model)
-    config: Any = getattr(model, "config", None)
-    for_config: dict[tuple[str, int], set[int]] = {}
     for owner_name, owner in model.named_modules():
         linears = {
             name.rpartition(".")[2]: (before[name], after[name])
@@ -87,26 +82,11 @@ def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
         for attributes, pattern in ((_HEADS, _QUERIES), (_KEY_HEADS, _KEYS)):
             sizes = [size for name, size in linears.items() if pattern.search(name)]
             for attribute in attributes:
-                heads = vars(owner).get(attribute, getattr(config, attribute, None))
+                heads = vars(owner).get(attribute)
                 if sizes and isinstance(heads, int) and heads > 0 and sizes[0][0] % heads == 0:
                     old, new = sizes[0]
-                    kept = new * heads // old
-                    if attribute in vars(owner):
-                        setattr(owner, attribute, kept)
-                    for_config.setdefault((attribute, heads), set()).add(kept)
+                    setattr(owner, attribute, new * heads // old)
         for attribute in _WIDTHS:
             for old, new in linears.values():
                 if vars(owner).get(attribute) == old != new:
                     setattr(owner, attribute, new)
-    if config is None:
-        return
-    for attribute in _WIDTHS:
-        width = getattr(config, attribute, None)
-        if attribute == "n_inner" and width is None and hasattr(config, "n_embd"):
-            width = 4 * config.n_embd
-        kept_widths = {after[name] for name, size in before.items() if size == width}
-        if isinstance(width, int) and len(kept_widths) == 1 and kept_widths != {width}:
-            setattr(config, attribute, kept_widths.pop())
-    for (attribute, heads), kept_heads in for_config.items():
-        if getattr(config, attribute, None) == heads and len(kept_heads) == 1:
-            setattr(config, attribute, kept_heads.pop())

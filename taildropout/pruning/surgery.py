@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import sqrt
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.insert import tail_dropouts
-from .cuts import Cut, Fit, Fold
+from .cuts import Cut, Fit, Fold, Rescale
 from .sizes import mend_attributes, mend_written_sizes, sizes_of_linears
 
 # torch.nn.utils.parametrize keeps the tensors of a module's weight in a module of its own.
@@ -18,7 +19,11 @@ _OF_PARAMETRIZATION = re.compile(r"\.?parametrizations\.\w+$")
 
 
 def operate(
-    model: nn.Module, cuts: Sequence[Cut], folds: Sequence[Fold], fits: Sequence[Fit] = ()
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    folds: Sequence[Fold],
+    fits: Sequence[Fit] = (),
+    rescales: Sequence[Rescale] = (),
 ) -> None:
     """Cut the model's parameters and buffers in place, and mend its modules' attributes.
 
@@ -29,6 +34,7 @@ def operate(
     with torch.no_grad():
         for fold in folds:  # before its rows are cut
             _fold(model, fold)
+        _rescale(model, rescales)
         new: dict[tuple[int, int], Any] = {}  # a tied tensor stays tied
         for cut in cuts:
             tensor = tensors_by_name(model)[cut.name]
@@ -41,7 +47,7 @@ def operate(
     for fit in fits:
         layer = tail_dropouts(model)[fit.layer]
         owner, _, attribute = fit.layer.rpartition(".")
-        fitted = FittedTailDropout.fit(layer, fit.width, fit.size)
+        fitted = FittedTailDropout.fit(layer, fit.width, fit.size, fit.arrives, fit.behind)
         setattr(model.get_submodule(owner), attribute, fitted)
     for module in {_OF_PARAMETRIZATION.sub("", cut.name.rpartition(".")[0]) for cut in cuts}:
         mend_attributes(model.get_submodule(module))
@@ -57,6 +63,29 @@ def _fold(model: nn.Module, fold: Fold) -> None:
     else:
         total = bias.double() + fold.constant.to(bias.device)
         _set(model, fold.name, _like(total.to(bias.dtype), bias))
+
+
+def _rescale(model: nn.Module, rescales: Sequence[Rescale]) -> None:
+    """Once for each weight and each eps, however many norms share it."""
+    tensors = tensors_by_name(model)
+    of_weights = {rescale.weights: rescale for rescale in rescales}
+    of_eps = {(rescale.module, rescale.eps): rescale for rescale in rescales}
+    dtypes = {rescale.module: tensors[rescale.weights[0]].dtype for rescale in rescales}
+    for names, rescale in of_weights.items():
+        weight = tensors[names[0]]
+        factor = sqrt(rescale.before / rescale.after)
+        total = (weight.double() + rescale.plus) * factor - rescale.plus
+        new = _like(total.to(weight.dtype), weight)  # a tied one stays tied
+        for name in names:
+            _set(model, name, new)
+    for (name, attribute), rescale in of_eps.items():
+        if attribute is not None:
+            module: Any = model.get_submodule(name)
+            eps = getattr(module, attribute)
+            eps = torch.finfo(dtypes[name]).eps if eps is None else eps  # as torch has it
+            setattr(module, attribute, eps * rescale.before / rescale.after)
+            if getattr(module, "normalized_shape", None) == (rescale.before,):
+                module.normalized_shape = (rescale.after,)
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Comparing a network with what was made of it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..models.copies import PruningError, with_own_buffers
+from ..models.copies import PruningError, with_own_buffers, without_cache
 from ..models.hooks import hooked
 from ..models.inputs import Inputs, call, of_twice_the_batch, random_like
 from ..models.width import at_width
+from .outputs import OutputCut, what_stays
+from .precision import precisely
 
 # The largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -52,6 +55,7 @@ def verify(
     k: dict[str, int],
     example_inputs: Inputs,
     dtype: torch.dtype | None,
+    output_cuts: Sequence[OutputCut] = (),
 ) -> Verification:
     """Compare the model at `k` with `small` on the example inputs, on random ones, on more samples.
 
@@ -62,19 +66,21 @@ def verify(
         k: by layer name.
         example_inputs: what the networks are called with.
         dtype: what to compare in, where the model runs in it. None: its own.
+        output_cuts: what goes from the outputs, and must be zero in those of the large network.
 
     Raises:
-        PruningError: they differ by more than rounding, or the small network does not run.
+        PruningError: they differ by more than rounding, what goes from the outputs is not zero,
+            or the small network does not run.
     """
     skipped = []
+    precision: AbstractContextManager[object] = nullcontext()
     large, small = with_own_buffers(model).eval(), with_own_buffers(small).eval()
     examples = [example_inputs, tree_map(random_like, example_inputs)]
     if dtype is not None:
         try:
-            precise = copy.deepcopy(model).eval().to(dtype)
+            precise = without_cache(copy.deepcopy(model).eval().to(dtype))
             converted = [to_dtype(inputs, dtype) for inputs in examples]
-            for inputs in converted:
-                run(precise, inputs)
+            precision = precisely(dtype, lambda: [run(precise, inputs) for inputs in converted])
             large, small, examples = precise, cut(precise).eval(), converted
         except PruningError:
             raise
@@ -82,15 +88,17 @@ def verify(
             skipped.append(f"in {str(dtype).removeprefix('torch.')}: {_first_line(error)}")
             dtype = None
     comparisons = []
-    with at_width(large, k):
+    with precision, at_width(large, k):
         for name, inputs in zip(("the example inputs", "random inputs"), examples, strict=True):
-            comparisons.append(compare(name, k, large, small, inputs, run(large, inputs)))
+            expected = what_stays(run(large, inputs), output_cuts)
+            comparisons.append(compare(name, k, large, small, inputs, expected))
         name, doubled = "twice as many samples", of_twice_the_batch(examples[1])
         try:
             expected = run(large, doubled)
         except Exception as error:  # the model takes batches of one size
             skipped.append(f"on {name}: {_first_line(error)}")
         else:
+            expected = what_stays(expected, output_cuts)
             comparisons.append(compare(name, k, large, small, doubled, expected))
     return Verification(dtype, tuple(comparisons), tuple(skipped))
 

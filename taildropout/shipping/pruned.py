@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..models.copies import PruningError, structural_copy, tensors_by_name
-from ..pruning.cuts import Cut, Fit, Fold
+from ..pruning.configs import fit_configs
+from ..pruning.cuts import Cut, Fit, Fold, Rescale
 from ..pruning.plan import FORMAT, PrunePlan, check_model_fits
 from ..pruning.surgery import operate
 from .files import written_whole
@@ -63,13 +64,13 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             another model. The model is untouched then.
         FileNotFoundError: there is no such file.
     """
-    cuts, biases, fits, tensors = _read(path)
+    cuts, biases, fits, rescales, tensors = _read(path)
     biases = [name for name in biases if tensors_by_name(model).get(name) is None]
     try:
         check_model_fits(cuts, tensors_by_name(model))
         folds = [Fold(name, torch.zeros_like(tensors[name])) for name in biases]
         rehearsal = structural_copy(model)
-        operate(rehearsal, cuts, folds, fits)
+        operate(rehearsal, cuts, folds, fits, rescales)
         expected = {name: t.shape for name, t in rehearsal.state_dict().items()}
         found = {name: t.shape for name, t in tensors.items()}
         if expected != found:
@@ -81,9 +82,18 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise PruningError(
             f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
         ) from error
-    operate(model, cuts, folds, fits)
+    before = structural_copy(model)
+    operate(model, cuts, folds, fits, rescales)
     model.load_state_dict(tensors)
+    fit_configs(model, before)
     return model
+
+
+def _fit(
+    name: str, width: int, size: int, arrives: int | None = None, behind: int | None = None
+) -> Fit:
+    known = [None if value is None else int(value) for value in (arrives, behind)]
+    return Fit(str(name), int(width), int(size), *known)
 
 
 def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -99,8 +109,8 @@ def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def _read(
     path: str | os.PathLike[str],
-) -> tuple[list[Cut], list[str], list[Fit], dict[str, Tensor]]:
-    """The cuts, the biases that may have to be made, the layers to be fitted, and the tensors."""
+) -> tuple[list[Cut], list[str], list[Fit], list[Rescale], dict[str, Tensor]]:
+    """The cuts, the biases that may have to be made, what is fitted or rescaled, the tensors."""
     file_name = repr(os.fspath(path))
     try:
         with safe_open(path, "pt") as file:
@@ -121,10 +131,14 @@ def _read(
         if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
             raise ValueError("an index is out of range")
         biases = [str(name) for name in record["biases"]]
-        fits = [Fit(str(name), int(width), int(size)) for name, width, size in record["fits"]]
+        fits = [_fit(*values) for values in record["fits"]]
+        rescales = [
+            Rescale(tuple(map(str, names)), plus, module, eps, before, after)
+            for names, plus, module, eps, before, after in record.get("rescales", [])
+        ]
         intact = record["sha256"] == _digest(record, tensors)
     except (ValueError, KeyError, TypeError) as error:
         raise PruningError(f"{file_name} holds a damaged plan: {error!r}") from error
     if not intact:
         raise PruningError(f"{file_name} has been changed since it was written")
-    return cuts, biases, fits, tensors
+    return cuts, biases, fits, rescales, tensors

@@ -130,6 +130,7 @@ def kept(model, k, shape, *words):
     return {cut.name for cut in plan.cuts}
 
 
+SUBTRACTS = "subtracts the mean over all n features, zeros among them"
 AT_ONCE = "needs all features at once, or is not supported"
 NONE_OR_ALL = "computes all features or none"
 NOT_CONSTANT = "reads them too, where they are not constant"
@@ -141,9 +142,8 @@ IN_MODULES = {
     "layer norm": (
         chain(4, nn.LayerNorm(4)),
         PRODUCER,
-        f"behind 1: layer_norm in module '2' {AT_ONCE}",
+        f"behind 1: layer_norm in module '2' {SUBTRACTS}",
     ),
-    "rms norm": (chain(4, nn.RMSNorm(4)), PRODUCER, f"behind 1: rms_norm in module '2' {AT_ONCE}"),
     "softmax": (chain(4, nn.Softmax(-1)), PRODUCER, f"behind 1: softmax in module '2' {AT_ONCE}"),
     "log-softmax": (
         chain(4, nn.LogSoftmax(1)),
@@ -159,6 +159,11 @@ IN_MODULES = {
         chain(4, before=[nn.LayerNorm(4)]),
         CONSUMER,
         f"in front of 2: layer_norm in module '1' {NONE_OR_ALL}",
+    ),
+    "rms norm before": (
+        chain(4, before=[nn.RMSNorm(4)]),
+        CONSUMER,
+        f"in front of 2: rms_norm in module '1' {NOT_CONSTANT}",
     ),
     "softmax before": (
         chain(4, before=[nn.Softmax(-1)]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.oracle import assert_same_outputs
+from helpers.oracle import assert_same_outputs, masked
 from helpers.zoo.case import floats, with_random_weights
 from helpers.zoo.gates import Scale
 from helpers.zoo.sequences import Output
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import PruningError, TailDropout
@@ -321,6 +322,30 @@ def test_a_consumer_at_the_layer_loses_columns_in_any_network(drawn, data):
     small = assert_pruned_or_refused(model, k, shape)
     assert small is not None
     assert small.steps[-1].weight.shape[:2] == (3, k)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(networks())
+def test_outputs_lose_zeros_and_nothing_else(drawn):
+    """Without its last step, the features of the layer often are outputs."""
+    model, k, shape = drawn
+    del model.steps[-1], model.sources[-1]
+    with_random_weights(model).double()
+    (layer,) = td.tail_dropouts(model)
+    try:
+        plan = td.plan_pruning(model, k, floats(3, *shape), outputs=True)
+        small = plan.apply(model).eval()
+    except PruningError as error:
+        assert str(error).startswith("outputs=True cuts the features")  # noqa: PT017
+        return
+    inputs = floats(5, *shape)
+    whole = list(masked(model, {layer: k}, inputs))
+    for cut in plan.output_cuts:
+        keep, value = torch.tensor(cut.keep), whole[cut.position]
+        assert value.shape[cut.dim] == cut.size
+        assert value.count_nonzero() == value.index_select(cut.dim, keep).count_nonzero()
+        whole[cut.position] = value.index_select(cut.dim, keep)
+    assert_close(small(inputs), tuple(whole), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("rank", SHAPES)

@@ -40,7 +40,15 @@ def test_the_summary_counts_parameters_and_flops():
 def test_the_summary_says_what_stays_and_why():
     model = nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.LayerNorm(4))
     assert td.plan_pruning(model, 2, X).summary().splitlines()[-1] == (
-        "behind '1' stays: layer_norm in module '2' needs all features at once, or is not supported"
+        "behind '1' stays: layer_norm in module '2' subtracts the mean over all n features, zeros "
+        "among them"
+    )
+
+
+def test_the_summary_says_which_norms_are_rescaled():
+    model = nn.Sequential(nn.Linear(5, 4), TailDropout(), nn.RMSNorm(4), nn.Linear(4, 3))
+    assert td.plan_pruning(model, 2, X).summary().splitlines()[-1] == (
+        "2.weight takes in sqrt(4/2): the norm that it belongs to averages 2 features instead of 4"
     )
 
 

@@ -113,7 +113,7 @@ def test_the_file_is_json_and_numbers(saved):
     small, plan, path = saved
     header, body = parse(path.read_bytes())
     record = json.loads(header.pop("__metadata__")["taildropout"])
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert {key: record[key] for key in plan.to_dict()} == plan.to_dict()
     assert header.keys() == small.state_dict().keys()
     assert len(body) == sum(t.nbytes for t in small.state_dict().values())
@@ -166,8 +166,8 @@ DAMAGES = {
         "was not written by save_pruned: it holds no plan",
     ),
     "newer": (
-        lambda p: rewrite(p, lambda r: r | {"format": 2}),
-        "has format 2, .* reads up to 1: update taildropout",
+        lambda p: rewrite(p, lambda r: r | {"format": 3}),
+        "has format 3, .* reads up to 2: update taildropout",
     ),
     "no format": (
         lambda p: rewrite(p, lambda r: {k: v for k, v in r.items() if k != "format"}),
@@ -267,7 +267,7 @@ def test_the_record_is_plain_data():
     record = plan.to_dict()
     assert json.loads(json.dumps(record)) == record
     assert record == {
-        "format": 1,
+        "format": 2,
         "k": {"1": 2},
         "n": {"1": 4},
         "cuts": [
@@ -277,6 +277,7 @@ def test_the_record_is_plain_data():
         ],
         "biases": ["3.bias"],
         "fits": [],
+        "rescales": [],
     }
 
 
@@ -299,3 +300,18 @@ def ties(model):
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
     return sorted(group for group in names.values() if len(group) > 1)
+
+
+def test_a_rescaled_norm_is_loaded_with_its_eps(tmp_path):
+    def rescaled():
+        return nn.Sequential(
+            nn.Linear(5, 4), TailDropout(), nn.RMSNorm(4, eps=0.3), nn.Linear(4, 3)
+        ).eval()
+
+    model, path = rescaled(), tmp_path / "small.safetensors"
+    plan = td.plan_pruning(model, 2, X)
+    small = plan.apply(model)
+    td.save_pruned(small, plan, path)
+    loaded = td.load_pruned(rescaled(), path)
+    assert repr(loaded) == repr(small)
+    assert_close(loaded(X), small(X), rtol=0, atol=0)

@@ -45,8 +45,8 @@ CASES = {
         sequence(linear(8, 5), TailDropout, lambda: nn.RMSNorm(8), linear(3, 8)),
         VECTOR,
         (8,),
-        lambda k: module("0", k, 5) | open_("3"),  # the tail is zero behind it, too
-        stays=("norm",),
+        lambda k: module("0", k, 5) | {"2.weight": (k,)} | columns("3", 3, k),
+        zero=False,
     ),
     "GroupNorm before": Case(
         sequence(conv(8, 2), lambda: nn.GroupNorm(2, 8), channels, conv(3, 8)),

@@ -1,0 +1,422 @@
+"""What `torch.export` reads of a model: its operations, with symbols for sizes.
+
+Code that compares sizes takes one of several paths, and torch follows the path of the example. So
+what it compared is turned around: the model is read at sizes, too, where a comparison comes out
+otherwise, and at the neighbours of sizes that it uses as numbers.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, fx, nn
+from torch.export import Dim, ShapesCollection
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..layers.fitted import FittedTailDropout
+from ..models.copies import PruningError, structural_copy
+from ..models.fakes import on_fakes
+from ..models.inputs import Inputs, as_arguments, call, tensors_of
+from ..models.insert import tail_dropouts
+
+Size: TypeAlias = int | sympy.Expr
+Knows: TypeAlias = Callable[[Any], bool]
+
+# As many paths through the code are read, at most.
+MOST_PATHS = 16
+
+
+@torch.library.custom_op("taildropout::layer", mutates_args=())
+def _layer_op(input: Tensor, name: str, dim: int, size: int) -> Tensor:
+    """Stands for a TailDropout layer in an exported graph; `size` features come out of it."""
+    shape = list(input.shape)
+    shape[dim] = size
+    return input.new_zeros(shape)
+
+
+@_layer_op.register_fake
+def _(input: Tensor, name: str, dim: int, size: int) -> Tensor:
+    shape = list(input.shape)
+    shape[dim] = size
+    return input.new_empty(shape)
+
+
+LAYER = torch.ops.taildropout.layer.default
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sizes that were compared while the model ran, and whether by an operation of torch's."""
+
+    relation: sympy.Basic
+    of_torch: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """The model's operations at the sizes of `inputs`, and at all others that compare alike.
+
+    Attributes:
+        program: what torch exported.
+        inputs: what it was exported with.
+        symbols: the dims of each tensor among them that may have a symbol for a size.
+    """
+
+    program: Any
+    inputs: Inputs
+    symbols: list[set[int]]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.program.graph.nodes)
+
+    @cached_property
+    def placeholders(self) -> list[fx.Node]:
+        """Of the tensors among the inputs, in their order."""
+        placeholders = (node for node in self.nodes if node.op == "placeholder")
+        return [
+            node
+            for node, spec in zip(
+                placeholders, self.program.graph_signature.input_specs, strict=True
+            )
+            if spec.kind == InputKind.USER_INPUT and is_tensor(node)
+        ]
+
+    @cached_property
+    def _environments(self) -> list[Any]:
+        """Where torch keeps what it knows of symbols."""
+        found = {node.meta["val"].fake_mode.shape_env for node in self.placeholders}
+        return [environment for environment in found if environment is not None]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Those that depend on sizes still."""
+        found: dict[sympy.Basic, Comparison] = {}
+        for environment in self._environments:
+            for guard in environment.guards:
+                relation = environment.replace(guard.expr)
+                if relation.free_symbols:
+                    found.setdefault(relation, Comparison(relation, _of_torch(guard)))
+        return list(found.values())
+
+    @cached_property
+    def numbers(self) -> list[tuple[int, int]]:
+        """The dims and sizes of inputs that code other than torch's uses as numbers."""
+        found = [
+            (dim, size)
+            for tensor, free in zip(
+                tensors_of(as_arguments(self.inputs)), self.symbols, strict=True
+            )
+            for dim, size in enumerate(tensor.shape)
+            if dim not in free
+        ]
+        for environment in self._environments:
+            for guard in environment.guards:
+                for symbol in () if _of_torch(guard) else guard.expr.free_symbols:
+                    size = environment.replace(symbol)
+                    if size.is_number:
+                        source = environment.var_to_sources[symbol][0]
+                        found.append((int(source.idx), int(size)))
+        return list(dict.fromkeys(found))
+
+    def values_at(self, inputs: Inputs) -> dict[sympy.Symbol, int] | None:
+        """What the symbols are at other inputs; None where these are of other fixed sizes."""
+        values: dict[sympy.Symbol, int] = {}
+        tensors = tensors_of(as_arguments(inputs))
+        pairs = [
+            (size, actual)
+            for node, tensor in zip(self.placeholders, tensors, strict=True)
+            for size, actual in zip(shape(node), tensor.shape, strict=True)
+        ]
+        for size, actual in pairs:
+            if isinstance(size, sympy.Symbol):
+                values.setdefault(size, actual)
+        consistent = all(evaluated(size, values) == actual for size, actual in pairs)
+        return values if consistent else None
+
+    def covers(self, inputs: Inputs) -> bool:
+        """Whether the model takes this path at these sizes."""
+        values = self.values_at(inputs)
+        return values is not None and all(
+            comparison.of_torch or comparison.relation.subs(values) == sympy.true
+            for comparison in self.comparisons
+        )
+
+    def resized(self, values: dict[sympy.Symbol, int]) -> Any:
+        """The inputs where symbols have other values: with fewer entries, or with some twice."""
+        shapes = [[evaluated(size, values) for size in shape(node)] for node in self.placeholders]
+        return _of_shapes(self.inputs, shapes)
+
+
+def evaluated(size: Size, values: dict[sympy.Symbol, int]) -> int:
+    return size if isinstance(size, int) else int(size.subs(values))
+
+
+def _of_torch(guard: Any) -> bool:
+    """Torch's operations compare sizes too; what they compute is the same however that ends."""
+    place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).lstrip("(")
+    return place.startswith(
+        ("_ops.py", "_refs/", "_prims", "_meta_registrations.py", "_decomp/", "_subclasses/")
+    )
+
+
+# ----------------------------------------------------------------------------------- one export
+
+
+def traceable(model: nn.Module) -> nn.Module:
+    """A copy that shares all tensors with the model, in which each TailDropout is one operation."""
+    traced = structural_copy(model).eval()
+    for name, layer in tail_dropouts(traced).items():
+
+        def stand_in(input: Tensor, name: str = name, layer: Any = layer) -> Tensor:
+            dim = range(input.ndim)[layer.dropout_dim]
+            fitted = isinstance(layer, FittedTailDropout)
+            output: Tensor = _layer_op(input, name, dim, layer.size if fitted else input.shape[dim])
+            return output
+
+        layer.forward = stand_in  # type: ignore[method-assign]
+    return traced
+
+
+def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Knows) -> Export:
+    """One call of `torch.export`, with symbols for the sizes of these dims.
+
+    Args:
+        model: as `traceable` makes it.
+        inputs: what to call it with.
+        symbols: dims of each tensor among the inputs.
+        knows: which operations need not be written in terms of simpler ones.
+    """
+    args, kwargs = as_arguments(inputs)
+    sizes = ShapesCollection()
+    for tensor, dims in zip(tensors_of((args, kwargs)), symbols, strict=True):
+        sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
+    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols():
+        warnings.simplefilter("ignore")  # torch's, about its own tracing
+        program = torch.export.export(
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
+            strict=False,
+        )
+        if _needs_decomposing(program.graph, knows):
+            program = program.run_decompositions({})
+    return Export(program, inputs, symbols)
+
+
+def _sizes_are_symbols() -> AbstractContextManager[None]:
+    """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
+    if not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
+        return nullcontext()
+    config: Any = symbolic_config
+    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
+    return patched
+
+
+def _needs_decomposing(graph: fx.Graph, knows: Knows) -> bool:
+    """Where something is changed in place, values are no values; no layer is to be hidden; and
+    what torch writes in terms of simpler operations may be of ones that are known."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(node.target, torch._ops.OpOverload) and (
+            node.target._schema.is_mutable
+            or (_makes_floats(node) and node.target._can_decompose() and not knows(node.target))
+        ):
+            return True
+    return False
+
+
+def _makes_floats(node: fx.Node) -> bool:
+    made = tree_leaves(node.meta.get("val"))
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in made)
+
+
+# ------------------------------------------------------------------------------------ all paths
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The model, read on each path that its sizes lead to.
+
+    Attributes:
+        exports: that of the example first.
+        unread: what was not read, in the user's words.
+    """
+
+    exports: list[Export]
+    unread: list[str]
+
+
+def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
+    """Raises PruningError where the model can't be exported."""
+    tensors = tensors_of(as_arguments(example_inputs))
+    if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
+        raise PruningError("the example inputs must hold at least one sample")
+    traced = traceable(model)
+    first = _export_of_example(traced, example_inputs, knows)
+    exports, unread = [first], []
+    waiting = [*_where_a_size_is_another(first), *_where_comparisons_differ(first)]
+    while waiting:
+        words, inputs = waiting.pop(0)
+        if any(known.covers(inputs) for known in exports) or not _runs(traced, inputs):
+            continue
+        if len(exports) == MOST_PATHS:
+            unread.append(f"{words}, which leads to more than {MOST_PATHS} paths")
+            continue
+        try:
+            other = export(traced, inputs, first.symbols, knows)
+        except Exception as error:
+            unread.append(f"{words}, where exporting fails: {first_line(error)}")
+            continue
+        exports.append(other)
+        waiting += _where_comparisons_differ(other)
+    return Paths(exports, unread)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> Export:
+    tensors = tensors_of(as_arguments(example_inputs))
+    symbols = [set(range(x.ndim)) for x in tensors]
+    try:
+        found = export(traced, example_inputs, symbols, knows)
+        tied = _tied_to_numbers(found)
+        if any(tied):
+            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
+            found = export(traced, example_inputs, symbols, knows)
+        if not any(_tied_to_numbers(found)):
+            return found
+    except Exception:  # the sizes of some models can't be symbols
+        pass
+    try:
+        return export(traced, example_inputs, [set() for _ in tensors], knows)
+    except Exception as error:
+        raise PruningError(
+            "the model must be exportable by torch.export, which reads its dataflow, but "
+            f"exporting it failed: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _tied_to_numbers(export: Export) -> list[set[int]]:
+    """The dims of each input that must multiply to a number, as where pixels are flattened."""
+    tied: set[Any] = set()
+    for comparison in export.comparisons:
+        relation = comparison.relation
+        if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
+            tied |= relation.free_symbols
+    return [
+        {d for d, size in enumerate(shape(node)) if _symbols_of(size) & tied}
+        for node in export.placeholders
+    ]
+
+
+def _symbols_of(size: Size) -> set[Any]:
+    return set() if isinstance(size, int) else size.free_symbols
+
+
+def _runs(traced: nn.Module, inputs: Inputs) -> bool:
+    """Whether the model takes inputs of such sizes. No number is computed."""
+    try:
+        with on_fakes(traced, inputs) as (fake, fake_inputs):
+            call(fake, fake_inputs)
+    except Exception:  # whatever it raises: it does not
+        return False
+    return True
+
+
+def _where_comparisons_differ(export: Export) -> Iterator[tuple[str, Inputs]]:
+    """For each comparison in the model's code the nearest sizes at which it comes out otherwise."""
+    own = export.values_at(export.inputs)
+    assert own is not None
+    for comparison in export.comparisons:
+        if comparison.of_torch:
+            continue
+        for symbol in sorted(comparison.relation.free_symbols, key=str):
+            for value in _candidates(comparison.relation, own[symbol]):
+                values = {**own, symbol: value}
+                if comparison.relation.subs(values) == sympy.false:
+                    words = f"sizes other than {in_words(export, comparison.relation)}"
+                    yield words, export.resized(values)
+                    break
+
+
+def _candidates(relation: sympy.Basic, own: int) -> list[int]:
+    """Sizes to try: those around, and those around the numbers that are compared with."""
+    numbers = {abs(int(number)) for number in relation.atoms(sympy.Integer)}
+    tried = {*range(1, 2 * own + 17), *(n + d for n in numbers for d in (-1, 0, 1) if n + d > 0)}
+    return sorted(tried, key=lambda value: (abs(value - own), value))
+
+
+def _where_a_size_is_another(export: Export) -> Iterator[tuple[str, Inputs]]:
+    """The neighbours of sizes that the model's code uses as numbers."""
+    tensors = tensors_of(as_arguments(export.inputs))
+    for dim, size in export.numbers:
+        for other in (size - 1, size + 1):
+            shapes = [
+                [
+                    other if (d, actual) == (dim, size) else actual
+                    for d, actual in enumerate(tensor.shape)
+                ]
+                for tensor in tensors
+            ]
+            if other > 0:
+                words = f"size {other} instead of {size} in dim {dim}"
+                yield words, _of_shapes(export.inputs, shapes)
+
+
+def in_words(export: Export, relation: sympy.Basic) -> str:
+    """A comparison of sizes, with what stands for each of them."""
+    names: dict[sympy.Symbol, str] = {}
+    for node in export.placeholders:
+        for dim, size in enumerate(shape(node)):
+            if isinstance(size, sympy.Symbol):
+                names.setdefault(size, f"{node.name}.shape[{dim}]")
+    return str(relation.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
+
+
+def _of_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]]) -> Any:
+    """Inputs of these shapes: the first entries along each dim, or all of them again and again."""
+    remaining = iter(shapes)
+
+    def resized(tensor: Tensor) -> Tensor:
+        for dim, size in enumerate(next(remaining)):
+            if size != tensor.shape[dim]:
+                index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+                tensor = tensor.index_select(dim, index)
+        return tensor
+
+    args, kwargs = as_arguments(inputs)
+    new_args, new_kwargs = tree_map(
+        lambda value: resized(value) if isinstance(value, Tensor) else value, (args, kwargs)
+    )
+    return new_kwargs if new_kwargs else new_args
+
+
+# -------------------------------------------------------------------------------------- of values
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    """The size of each dim: a number, or an expression of symbols."""
+    return tuple(size_of(size) for size in node.meta["val"].shape)
+
+
+def size_of(size: int | torch.SymInt) -> Size:
+    if isinstance(size, int):
+        return size
+    expression: sympy.Expr = size.node.shape_env.replace(size.node.expr)
+    return int(expression) if expression.is_number else expression

@@ -1,0 +1,228 @@
+"""Whether the small network's own dataflow is the one that was predicted.
+
+The model's code may read a width as a number, as in `h / h.shape[-1]`, or hold one that is written
+in it, as a number of heads. The dataflow of the large network does not show it. That of the small
+one does: each operation must be the one of the large network, on the same values, with the same
+numbers, and its result of the shape that is left.
+"""
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
+
+from ..graph.dataflow import Dataflow
+from ..graph.exports import LAYER, Export, export, first_line, traceable
+from ..graph.rules import RULES, is_known
+from ..models.copies import PruningError, structural_copy
+from .cuts import Findings, Reading
+from .surgery import operate
+
+# Of larger networks the small one is read with fixed sizes, which takes a third of the time.
+MOST_WITH_SYMBOLS = 500
+
+
+def cut_as_predicted(
+    model: nn.Module, ks: dict[str, int], reading: Reading, *, outputs: bool = False
+) -> tuple[Findings, nn.Module]:
+    """What goes, and the small network, whose dataflow is the one that was predicted.
+
+    Where it is not, what its operations read stays.
+    """
+    whole: set[fx.Node] = set()
+    layers = {operation.output for operation in reading.flow.calls()}
+    while True:
+        found = reading.find(ks, whole, outputs=outputs)
+        small = structural_copy(model)
+        operate(small, found.cuts, found.folds, found.fits, found.rescales)
+        try:
+            differ = _unlike_predicted(reading.flow, found, small)
+        except PruningError:
+            differ = layers if _with_sizes(reading.flow) <= whole else _with_sizes(reading.flow)
+            if layers <= whole:
+                raise
+        if not differ:
+            return found, small
+        if layers <= whole:
+            raise PruningError(
+                "the model must take the same steps each time that it is exported, but "
+                f"{differ} did not"
+            )
+        whole |= layers if differ <= whole else differ
+
+
+def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[fx.Node]:
+    """The values that operations of the small network compute otherwise; empty if none does.
+
+    Where the difference belongs to no operation: what the layers compute, so that nothing goes.
+
+    Raises:
+        PruningError: the small network can't be read.
+    """
+    traced = traceable(small)
+    differ: set[fx.Node] = set()
+    for path in flow.paths.exports:
+        few = len(path.nodes) <= MOST_WITH_SYMBOLS
+        symbols = path.symbols if few else [set() for _ in path.symbols]
+        try:
+            own = export(traced, path.inputs, symbols, is_known)
+        except Exception as error:
+            raise PruningError(
+                f"the pruned network does not run: {first_line(error)}. Its forward may spell out "
+                "a size that pruning changes, as in x.view(-1, 3136): read it from the tensors "
+                "instead, as in x.flatten(1). With k = 0, a layer may be one that torch can't run "
+                "on no features"
+            ) from error
+        node = _Comparison(flow, path, own, found).first_difference()
+        if node is None and not _compares_like(path, own):
+            node = path.nodes[-1]
+        if node is not None:
+            differ |= _of_the_same_line(path, node)
+    if any(node.op == "output" for node in differ):
+        differ |= {operation.output for operation in flow.calls()}
+    return differ
+
+
+def _with_sizes(flow: Dataflow) -> set[fx.Node]:
+    """What operations compute among whose arguments sizes stand."""
+    return {node for path in flow.paths.exports for node in path.nodes if _has_sizes(node)}
+
+
+def _has_sizes(node: fx.Node) -> bool:
+    rule = RULES.get(node.target)
+    return rule is not None and rule.has_sizes
+
+
+def _of_the_same_line(path: Export, node: fx.Node) -> set[fx.Node]:
+    """Other blocks of the same class do the same."""
+    line = node.meta.get("stack_trace")
+    if line is None:
+        return {node}
+    return {
+        other
+        for other in path.nodes
+        if other.target == node.target and other.meta.get("stack_trace") == line
+    }
+
+
+def _compares_like(path: Export, own: Export) -> bool:
+    """Whether sizes are compared with the same numbers, so that the paths part at the same sizes."""
+    if not any(own.symbols):
+        return True
+    relations, own_relations = (
+        {str(c.relation) for c in e.comparisons if not c.of_torch} for e in (path, own)
+    )
+    return own_relations <= relations
+
+
+class _Comparison:
+    """Two exports, operation by operation."""
+
+    def __init__(self, flow: Dataflow, large: Export, small: Export, found: Findings) -> None:
+        self.flow, self.found = flow, found
+        self.large, self.small = large, small
+        new_biases = {fold.name for fold in found.folds}
+        self.new_biases = {node for node, name, _ in _given(small) if name in new_biases}
+        self.twin: dict[fx.Node, fx.Node] = {}  # of each value of the small network
+
+    def first_difference(self) -> fx.Node | None:
+        """A node of the large network: an operation, or what is returned."""
+        given = {name: (node, constant) for node, name, constant in _given(self.large)}
+        for own, name, own_constant in _given(self.small):
+            node, constant = given.get(name, (None, None))
+            if node is not None and (constant is None or _equal(constant, own_constant)):
+                self.twin[own] = node
+        for node, own in zip_longest(_operations(self.large), _operations(self.small)):
+            if node is None:
+                return self.large.nodes[-1]
+            if own is None or not self._alike(node, own):
+                return node
+            self.twin[own] = node
+        return None
+
+    def _alike(self, node: fx.Node, own: fx.Node) -> bool:
+        if node.target != own.target:
+            return False
+        pairs = zip_longest(_arguments(node), _arguments(own))
+        return all(self._same(node, arg, own_arg) for arg, own_arg in pairs) and (
+            node.op == "output" or self._predicted(node) == _shapes(own)
+        )
+
+    def _same(self, node: fx.Node, arg: Any, own: Any) -> bool:
+        """Whether an argument of the operation is the same."""
+        if own in self.new_biases and arg is None:
+            return True
+        if isinstance(own, fx.Node) and _number(own) is own:
+            return self.twin.get(own) is arg
+        number, own_number = _number(arg), _number(own)
+        norm = self.found.of_norms.get(node)
+        sizes_differ = node.target is LAYER or _has_sizes(node) or norm is not None
+        if sizes_differ and isinstance(number, int) and isinstance(own_number, int):
+            return True
+        if norm is not None and isinstance(own_number, float):
+            before, after = norm
+            return number is None or own_number == number * before / after
+        return type(number) is type(own_number) and bool(number == own_number)
+
+    def _predicted(self, node: fx.Node) -> list[list[int]]:
+        """The shapes of the results, where features have gone."""
+        shapes = _shapes(node)
+        for dim in range(len(shapes[0]) if len(shapes) == 1 else 0):
+            stays = self.found.solution.stays.get((self.flow.same.get(node, node), dim))
+            if stays is not None and len(stays) > 0:
+                shapes[0][dim] = int((stays > 0).sum())
+        return shapes
+
+
+def _given(export: Export) -> Iterator[tuple[fx.Node, str, Any]]:
+    """Parameters, buffers, constants and inputs, with their names; and the values of constants."""
+    nodes = (node for node in export.nodes if node.op == "placeholder")
+    for node, spec in zip(nodes, export.program.graph_signature.input_specs, strict=True):
+        constant = (
+            export.program.constants.get(spec.target)
+            if spec.kind == InputKind.CONSTANT_TENSOR
+            else None
+        )
+        yield node, spec.target or node.name, constant
+
+
+def _equal(constant: Any, own: Any) -> bool:
+    return constant is own or (
+        isinstance(constant, Tensor) and isinstance(own, Tensor) and torch.equal(constant, own)
+    )
+
+
+def _operations(export: Export) -> list[fx.Node]:
+    """What computes tensors, and what is returned."""
+    return [
+        node
+        for node in export.nodes
+        if node.op == "output" or (node.op == "call_function" and _shapes(node))
+    ]
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    return tree_leaves((node.args, node.kwargs), is_leaf=lambda value: value is None)
+
+
+def _number(argument: Any) -> Any:
+    """Of a size that is a symbol, what it is in the example."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    is_number = isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+    return _in_example(value) if is_number else argument
+
+
+def _in_example(size: Any) -> Any:
+    return (
+        size.node.hint if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
+    )
+
+
+def _shapes(node: fx.Node) -> list[list[int]]:
+    """Of each result."""
+    results = tree_leaves(node.meta.get("val"))
+    return [[_in_example(n) for n in v.shape] for v in results if isinstance(v, Tensor)]
