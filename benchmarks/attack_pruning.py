@@ -228,6 +228,8 @@ def main() -> int:
     start, outcomes = time.perf_counter(), []
     for outcome in _attack_all(seeds, args.processes):
         outcomes.append(outcome)
+        if len(outcomes) % 100 == 0:
+            print(f"{len(outcomes):,} networks", file=sys.stderr, flush=True)
         if outcome.kind in FAILURES or args.only is not None:
             network = draw_network(outcome.seed)
             if args.shrink:

@@ -40,7 +40,7 @@ class Known:
 
     def passed(self, labels: Tensor, there: Tensor) -> "Known":
         """Of features with labels `there`: all those here that have the label are of one value."""
-        size = 1 + int(max(labels.max(), there.max())) if len(labels) and len(there) else 0
+        size = max((1 + int(some.max()) for some in (labels, there) if len(some)), default=0)
         here = labels + 1  # 0: belongs to nothing
         low = torch.full((1 + size,), torch.inf, dtype=torch.float64)
         high = -low
