@@ -75,7 +75,8 @@ class PrunePlan:
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
-        are still in place, with no k set. It is compared with the model with k set on the
+        are still in place, with no k set. One of Hugging Face has a config that builds it without
+        them, and where there is none, `save_pretrained` raises and says why. It is compared with the model with k set on the
         example inputs and on random ones, also in another batch size where the model takes it.
 
         Args:
@@ -90,12 +91,12 @@ class PrunePlan:
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
-        fit_configs(small, model)
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64
         compared = verify(model, small, self._cut_copy, self.k, self.example_inputs, dtype)
         self.verifications.append(compared)
+        fit_configs(small, model, self.example_inputs)
         return small
 
     def at(self, k: Widths) -> "PrunePlan":
