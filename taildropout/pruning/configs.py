@@ -60,7 +60,7 @@ def fit_configs(small: nn.Module, model: nn.Module, inputs: Inputs | None = None
         _forget_refusals(part)
         found: list[Change] | str
         if fitted:
-            found = f"its layers {fitted} still slice what arrives or add zeros"
+            found = f"its TailDropout layers still slice what arrives or add zeros: {_some(fitted)}"
         else:
             found = _found(part, before, after)
         if isinstance(found, list) and _computes_another(small, name, found, inputs):
@@ -90,6 +90,10 @@ def _refuse(part: nn.Module, reason: str) -> None:
                 f"be saved by save_pretrained, but {reason}. Or save it with "
                 "taildropout.save_pruned(small, plan, path)."
             )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _forget_refusals(part: nn.Module) -> None:
@@ -191,8 +195,7 @@ def _found(part: Any, before: Sizes, after: Sizes) -> list[Change] | str:
     if base is None:
         return "its class can't be built from its config alone"
     if base.shapes.keys() != after.shapes.keys():
-        names = sorted(base.shapes.keys() ^ after.shapes.keys())
-        return f"one of them only has {', '.join(map(repr, names[:3]))}"
+        return f"one of them only has {_some(sorted(base.shapes.keys() ^ after.shapes.keys()))}"
     target = Target.of(base, before, after)
     if target.is_met_by(base):
         return []
@@ -393,8 +396,8 @@ def _why_none(part: Any, target: Target) -> str:
                 dims = built.dims()
                 moved = [p for p in small if dims.get(p) == new != base.get(p)]
                 found = {small[place] for place in moved}
-                if len(found) > 1:
-                    cut_to = [small[place] for place in moved if small[place] != base.get(place)]
+                cut_to = [small[place] for place in moved if small[place] != base.get(place)]
+                if len(found) > 1 and cut_to:
                     return (
                         f"config.{'.'.join(map(str, path))} is one number for sizes that are "
                         f"{sorted(found)} now: prune all of them to one, such as {max(cut_to)}"

@@ -75,9 +75,10 @@ class PrunePlan:
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
-        are still in place, with no k set. One of Hugging Face has a config that builds it without
-        them, and where there is none, `save_pretrained` raises and says why. It is compared with the model with k set on the
-        example inputs and on random ones, also in another batch size where the model takes it.
+        are still in place, with no k set. A model of Hugging Face gets a config that builds the
+        pruned one; where there is none, `save_pretrained` says why. The copy is compared with the
+        model with k set on the example inputs and on random ones, also in another batch size
+        where the model takes it.
 
         Args:
             model: the one that the plan was made for, perhaps trained further.

@@ -327,7 +327,7 @@ REFUSED = {
         r"config\.intermediate_size is .* \[5, 24\] now: prune all of them to one, such as 5\.",
     ),
     "a new bias": (with_a_new_bias, r"one of them only has .*wo\.bias.*save_pruned"),
-    "Mixtral": (mixtral, r"layers \[.*mlp\.tail_dropout.*\] still slice .*save_pruned"),
+    "Mixtral": (mixtral, r"layers still slice .*: 'model\.layers\.0\.mlp\.tail_drop.*save_pruned"),
     "ConvNeXt": (written_in_the_code, r"no config was found that builds .*pwconv1.*save_pruned"),
     "BERT's heads": (heads_that_derive_their_size, r"hidden_size is one number .* \[8, 16\] now"),
 }
