@@ -83,7 +83,9 @@ def test_what_is_saved_is_loaded_without_this_library(families, tmp_path):
     expected = {}
     for name, family in families.items():
         model, inputs = family.make(), family.arguments()
+        random_state = torch.get_rng_state()
         small = td.prune(model, WIDTH, inputs)
+        assert_same(torch.get_rng_state(), random_state)
         as_built = family.kind(family.config(K)).config
         assert as_data(small.config) == as_data(as_built), name
         expected[name] = output_at(model, WIDTH, inputs)
