@@ -86,8 +86,10 @@ class PrunePlan:
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
-        are still in place, with no k set. It is compared with the model with k set on the
-        example inputs and on random ones, and at other sizes where the model takes them.
+        are still in place, with no k set. A model of Hugging Face gets a config that builds the
+        pruned one; where there is none, `save_pretrained` says why. The copy is compared with the
+        model with k set on the example inputs and on random ones, and at other sizes where the
+        model takes them.
 
         Args:
             model: the one that the plan was made for, perhaps trained further.
@@ -101,7 +103,6 @@ class PrunePlan:
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
-        fit_configs(small, model)
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64
@@ -116,6 +117,7 @@ class PrunePlan:
             output_cuts=self.output_cuts,
         )
         self.verifications.append(compared)
+        fit_configs(small, model, self.example_inputs)
         return small
 
     def at(
