@@ -40,7 +40,7 @@ class Known:
 
     def passed(self, labels: Tensor, there: Tensor) -> "Known":
         """Of features with labels `there`: all those here that have the label are of one value."""
-        size = 1 + int(max(labels.max(), there.max())) if len(labels) and len(there) else 0
+        size = max((1 + int(some.max()) for some in (labels, there) if len(some)), default=0)
         here = labels + 1  # 0: belongs to nothing
         low = torch.full((1 + size,), torch.inf, dtype=torch.float64)
         high = -low
@@ -154,10 +154,8 @@ def by_evaluation(*zeroed_by: int) -> Transfer:
         known = _evaluated(operation, dim, n, seen)
         unknown = ~torch.stack([torch.ones(n, dtype=torch.bool), *(s.mask for s in seen.values())])
         for i in zeroed_by:
-            factor, *others = (
-                operation.args[i : i + 1] + operation.args[:i] + operation.args[i + 1 :]
-            )
-            if factor in seen and (len(zeroed_by) > 1 or factor not in others):
+            factor = operation.args[i]
+            if factor in seen:
                 zero = seen[factor].zero & unknown.any(0)  # where all are known, it was evaluated
                 known = Known(known.mask | zero, known.value.masked_fill(zero, 0))
         return known

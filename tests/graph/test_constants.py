@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import taildropout as td
+from taildropout.graph.constants import Known
 
 
 def folds(model, k, shape):
@@ -58,3 +59,39 @@ def test_the_constant_in_a_convolution_counts_each_place_of_the_kernel():
 @pytest.mark.parametrize("behind", [nn.ReLU(), nn.Tanh(), nn.Hardshrink(), nn.BatchNorm1d(4)])
 def test_nothing_is_folded_where_zero_stays_zero(behind):
     assert folds(chain(4, behind), {"1": 2}, (2, 5)) == {}
+
+
+def known(*values):
+    """None: unknown."""
+    mask = torch.tensor([value is not None for value in values], dtype=torch.bool)
+    return Known(mask, torch.tensor([value or 0.0 for value in values], dtype=torch.float64))
+
+
+def as_list(found):
+    pairs = zip(found.mask.tolist(), found.value.tolist(), strict=True)
+    return [value if mask else None for mask, value in pairs]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_only_finite_numbers_are_known(value):
+    """Infinity times a weight of zero is no number, so it can't be added to a bias."""
+    found = Known.of(torch.ones(2, dtype=torch.bool), torch.tensor([value, 2.0]).double())
+    assert as_list(found) == [None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("here", "labels", "there", "expected"),
+    [
+        ((1, 1, 2, 2), (0, 0, 1, 1), (1, 0), [2, 1]),
+        ((1, 3, 2, 2), (0, 0, 1, 1), (0, 1), [None, 2]),  # of two values: none
+        ((1, None, 2, 2), (0, 0, 1, 1), (0, 1), [None, 2]),  # all must be known
+        ((0, None), (0, 0), (0,), [None]),
+        ((1, 2), (0, 1), (-1, 1, 5), [None, 2, None]),  # what comes from nowhere
+        ((1, 2), (-1, 1), (-1, 1), [None, 2]),  # what goes nowhere
+        ((1, 2, 3), (0, 1, 2), (2, 2, 0), [3, 3, 1]),
+        ((), (), (0,), [None]),
+    ],
+)
+def test_what_passes_by_labels(here, labels, there, expected):
+    labels, there = torch.tensor(labels, dtype=torch.int64), torch.tensor(there)
+    assert as_list(known(*here).passed(labels, there)) == expected
