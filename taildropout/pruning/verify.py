@@ -244,8 +244,15 @@ def _outputs_of_modules(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 
 
 def _first_that_differs(seen: list[tuple[str, Any]], others: list[tuple[str, Any]]) -> str | None:
-    """The first module to return whose output has kept its shape, but not its values."""
-    for (name, one), (_, other) in zip(seen, others, strict=False):
+    """The first module to return whose output has kept its shape, but not its values.
+
+    A module may be called by one of the networks only: a TailMLP with k set slices by itself.
+    """
+    waiting: dict[str, list[Any]] = {}
+    for name, output in others:
+        waiting.setdefault(name, []).append(output)
+    for name, one in seen:
+        other: Any = waiting[name].pop(0) if waiting.get(name) else None
         comparable = isinstance(one, Tensor) and isinstance(other, Tensor)
         if comparable and one.shape == other.shape and not _difference(one, other).is_rounding:
             return name

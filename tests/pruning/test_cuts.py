@@ -45,6 +45,16 @@ def test_a_chain_loses_the_producers_rows_and_the_consumers_columns(k):
     assert cuts(chain(4, nn.ReLU()), {"1": k}, (2, 5)) == expected
 
 
+@pytest.mark.parametrize("k", range(1, 8))
+def test_any_number_of_channels_goes(k):
+    """Also an odd one, for which torch compares sizes that it does not compare for others."""
+    behind = [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)]
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), TailDropout(dropout_dim=1), *behind)
+    plan = td.plan_pruning(model, k, torch.randn(2, 2, 10, 10))
+    assert [list(cut.keep) for cut in plan.cuts] == 3 * [list(range(k))]
+    assert plan.stays == []
+
+
 def test_nothing_goes_at_k_of_all_features():
     found = Reading(chain(4, nn.Sigmoid()), torch.randn(2, 5)).find({"1": 4})
     assert (found.k, found.n, found.cuts, found.folds) == ({"1": 4}, {"1": 4}, [], [])
