@@ -149,7 +149,7 @@ class _Comparison:
             return False
         pairs = zip_longest(_arguments(node), _arguments(own))
         return all(self._same(node, arg, own_arg) for arg, own_arg in pairs) and (
-            node.op == "output" or self._predicted(node) == _shapes(own)
+            node.op == "output" or self._has_predicted_shape(node, own)
         )
 
     def _same(self, node: fx.Node, arg: Any, own: Any) -> bool:
@@ -168,14 +168,16 @@ class _Comparison:
             return number is None or own_number == number * before / after
         return type(number) is type(own_number) and bool(number == own_number)
 
-    def _predicted(self, node: fx.Node) -> list[list[int]]:
-        """The shapes of the results, where features have gone."""
-        shapes = _shapes(node)
-        for dim in range(len(shapes[0]) if len(shapes) == 1 else 0):
+    def _has_predicted_shape(self, node: fx.Node, own: fx.Node) -> bool:
+        """Whether the result has the shape that is left where features have gone."""
+        shapes, own_shapes = _shapes(node), _shapes(own)
+        if len(shapes) > 1:  # each of the results is picked by an operation of its own
+            return len(shapes) == len(own_shapes)
+        for dim in range(len(shapes[0])):
             stays = self.found.solution.stays.get((self.flow.same.get(node, node), dim))
             if stays is not None and len(stays) > 0:
                 shapes[0][dim] = int((stays > 0).sum())
-        return shapes
+        return shapes == own_shapes
 
 
 def _given(export: Export) -> Iterator[tuple[fx.Node, str, Any]]:
@@ -206,7 +208,13 @@ def _operations(export: Export) -> list[fx.Node]:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    return tree_leaves((node.args, node.kwargs), is_leaf=lambda value: value is None)
+    """But the number of groups of a convolution, which the shapes of its input and weight tell."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    args = [
+        arg for arg, name in zip_longest(node.args, names[: len(node.args)]) if name != "groups"
+    ]
+    return tree_leaves((args, node.kwargs), is_leaf=lambda value: value is None)
 
 
 def _number(argument: Any) -> Any:
