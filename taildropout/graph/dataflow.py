@@ -16,7 +16,8 @@ from ..layers.fitted import FittedTailDropout
 from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-from .exports import LAYER, Export, Knows, Size, is_tensor, read_paths, shape
+from .exports import LAYER, Export, Knows, Size, is_tensor, shape
+from .paths import read_paths
 
 
 @dataclass(frozen=True, eq=False)

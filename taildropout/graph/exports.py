@@ -1,13 +1,8 @@
-"""What `torch.export` reads of a model: its operations, with symbols for sizes.
-
-Code that compares sizes takes one of several paths, and torch follows the path of the example. So
-what it compared is turned around: the model is read at sizes, too, where a comparison comes out
-otherwise, and at the neighbours of sizes that it uses as numbers.
-"""
+"""What `torch.export` reads of a model: its operations, with symbols for sizes."""
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,18 +18,14 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers.fitted import FittedTailDropout
-from ..models.copies import PruningError, structural_copy
-from ..models.fakes import on_fakes
-from ..models.inputs import Inputs, as_arguments, call, tensors_of
+from ..models.copies import structural_copy
+from ..models.inputs import Inputs, as_arguments, tensors_of
 from ..models.insert import tail_dropouts
 
 Size: TypeAlias = int | sympy.Expr
 Knows: TypeAlias = Callable[[Any], bool]
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-
-# As many paths through the code are read, at most.
-MOST_PATHS = 16
 
 
 @torch.library.custom_op("taildropout::layer", mutates_args=())
@@ -156,7 +147,7 @@ class Export:
     def resized(self, values: dict[sympy.Symbol, int]) -> Any:
         """The inputs where symbols have other values: with fewer entries, or with some twice."""
         shapes = [[evaluated(size, values) for size in shape(node)] for node in self.placeholders]
-        return _of_shapes(self.inputs, shapes)
+        return of_shapes(self.inputs, shapes)
 
 
 def evaluated(size: Size, values: dict[sympy.Symbol, int]) -> int:
@@ -254,163 +245,7 @@ def _makes_floats(node: fx.Node) -> bool:
     return any(isinstance(value, Tensor) and value.is_floating_point() for value in made)
 
 
-# ------------------------------------------------------------------------------------ all paths
-
-
-@dataclass(frozen=True)
-class Paths:
-    """The model, read on each path that its sizes lead to.
-
-    Attributes:
-        exports: that of the example first.
-        unread: what was not read, in the user's words.
-    """
-
-    exports: list[Export]
-    unread: list[str]
-
-    def other_inputs(self) -> list[tuple[str, Inputs]]:
-        """Inputs of other sizes, with what they are: one more of everything, or one of it."""
-        first, *others = self.exports
-        found = [(f"sizes that lead to path {i + 2}", e.inputs) for i, e in enumerate(others)]
-        own = first.values_at(first.inputs)
-        if own:
-            larger = {symbol: value + 1 for symbol, value in own.items()}
-            found.insert(0, ("larger sizes", first.resized(larger)))
-            found.insert(1, ("sizes of one", first.resized(dict.fromkeys(own, 1))))
-        return found
-
-
-def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
-    """Raises PruningError where the model can't be exported."""
-    tensors = tensors_of(as_arguments(example_inputs))
-    if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
-        raise PruningError("the example inputs must hold at least one sample")
-    traced = traceable(model)
-    first = _export_of_example(traced, example_inputs, knows)
-    exports, unread = [first], []
-    waiting = [*_where_a_size_is_another(first), *_where_comparisons_differ(first)]
-    while waiting:
-        words, inputs = waiting.pop(0)
-        if any(known.covers(inputs) for known in exports) or not _runs(traced, inputs):
-            continue
-        if len(exports) == MOST_PATHS:
-            unread.append(f"{words}, which leads to more than {MOST_PATHS} paths")
-            continue
-        try:
-            other = export(traced, inputs, first.symbols, knows)
-        except Exception as error:
-            unread.append(f"{words}, where exporting fails: {first_line(error)}")
-            continue
-        exports.append(other)
-        waiting += _where_comparisons_differ(other)
-    return Paths(exports, unread)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> Export:
-    tensors = tensors_of(as_arguments(example_inputs))
-    symbols = [set(range(x.ndim)) for x in tensors]
-    try:
-        found = export(traced, example_inputs, symbols, knows)
-        tied = _tied_to_numbers(found)
-        if any(tied):
-            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
-            found = export(traced, example_inputs, symbols, knows)
-        if not any(_tied_to_numbers(found)):
-            return found
-    except Exception:  # the sizes of some models can't be symbols
-        pass
-    try:
-        return export(traced, example_inputs, [set() for _ in tensors], knows)
-    except Exception as error:
-        raise PruningError(
-            "the model must be exportable by torch.export, which reads its dataflow, but "
-            f"exporting it failed: {str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def _tied_to_numbers(export: Export) -> list[set[int]]:
-    """The dims of each input that must multiply to a number, as where pixels are flattened."""
-    tied: set[Any] = set()
-    for comparison in export.comparisons:
-        relation = comparison.relation
-        if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
-            tied |= relation.free_symbols
-    return [
-        {d for d, size in enumerate(shape(node)) if _symbols_of(size) & tied}
-        for node in export.placeholders
-    ]
-
-
-def _symbols_of(size: Size) -> set[Any]:
-    return set() if isinstance(size, int) else size.free_symbols
-
-
-def _runs(traced: nn.Module, inputs: Inputs) -> bool:
-    """Whether the model takes inputs of such sizes. No number is computed."""
-    try:
-        with on_fakes(traced, inputs) as (fake, fake_inputs):
-            call(fake, fake_inputs)
-    except Exception:  # whatever it raises: it does not
-        return False
-    return True
-
-
-def _where_comparisons_differ(export: Export) -> Iterator[tuple[str, Inputs]]:
-    """For each comparison in the model's code the nearest sizes at which it comes out otherwise."""
-    own = export.values_at(export.inputs)
-    assert own is not None
-    for comparison in export.comparisons:
-        if comparison.of_torch:
-            continue
-        for symbol in sorted(comparison.relation.free_symbols, key=str):
-            for value in _candidates(comparison.relation, own[symbol]):
-                values = {**own, symbol: value}
-                if comparison.relation.subs(values) == sympy.false:
-                    words = f"sizes other than {in_words(export, comparison.relation)}"
-                    yield words, export.resized(values)
-                    break
-
-
-def _candidates(relation: sympy.Basic, own: int) -> list[int]:
-    """Sizes to try: those around, and those around the numbers that are compared with."""
-    numbers = {abs(int(number)) for number in relation.atoms(sympy.Integer)}
-    tried = {*range(1, 2 * own + 17), *(n + d for n in numbers for d in (-1, 0, 1) if n + d > 0)}
-    return sorted(tried, key=lambda value: (abs(value - own), value))
-
-
-def _where_a_size_is_another(export: Export) -> Iterator[tuple[str, Inputs]]:
-    """The neighbours of sizes that the model's code uses as numbers."""
-    tensors = tensors_of(as_arguments(export.inputs))
-    for dim, size in export.numbers:
-        for other in (size - 1, size + 1):
-            shapes = [
-                [
-                    other if (d, actual) == (dim, size) else actual
-                    for d, actual in enumerate(tensor.shape)
-                ]
-                for tensor in tensors
-            ]
-            if other > 0:
-                words = f"size {other} instead of {size} in dim {dim}"
-                yield words, _of_shapes(export.inputs, shapes)
-
-
-def in_words(export: Export, relation: sympy.Basic) -> str:
-    """A comparison of sizes, with what stands for each of them."""
-    names: dict[sympy.Symbol, str] = {}
-    for node in export.placeholders:
-        for dim, size in enumerate(shape(node)):
-            if isinstance(size, sympy.Symbol):
-                names.setdefault(size, f"{node.name}.shape[{dim}]")
-    return str(relation.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
-
-
-def _of_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]]) -> Any:
+def of_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]]) -> Any:
     """Inputs of these shapes: the first entries along each dim, or all of them again and again."""
     remaining = iter(shapes)
 
@@ -426,6 +261,10 @@ def _of_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]]) -> Any:
         lambda value: resized(value) if isinstance(value, Tensor) else value, (args, kwargs)
     )
     return new_kwargs if new_kwargs else new_args
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # -------------------------------------------------------------------------------------- of values

@@ -66,7 +66,7 @@ def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[
     traced = traceable(small)
     differ: set[fx.Node] = set()
     for path in flow.paths.exports:
-        few = len(path.nodes) <= MOST_WITH_SYMBOLS
+        few = path is flow.paths.exports[0] and len(path.nodes) <= MOST_WITH_SYMBOLS
         symbols = path.symbols if few else [set() for _ in path.symbols]
         try:
             own = export(traced, path.inputs, symbols, is_known)

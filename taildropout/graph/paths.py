@@ -1,0 +1,224 @@
+"""All paths that the model's code takes, whatever the sizes of its inputs.
+
+Code that compares sizes takes one of several paths, and torch follows the path of the example. So
+what it compared is turned around: the model is read at sizes, too, where a comparison comes out
+otherwise, and at the neighbours of sizes that it uses as numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import nn
+
+from ..models.copies import PruningError
+from ..models.fakes import on_fakes
+from ..models.inputs import Inputs, as_arguments, call, tensors_of
+from .exports import Export, Knows, Size, export, first_line, of_shapes, shape, traceable
+
+# As many paths are read, at most.
+MOST_PATHS = 16
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The model, read on each path that its sizes lead to.
+
+    Attributes:
+        exports: that of the example first.
+        unread: sizes at which the model was not read, in the user's words.
+    """
+
+    exports: list[Export]
+    unread: list[str]
+
+    def other_inputs(self) -> list[tuple[str, Inputs]]:
+        """Inputs of other sizes, with what they are: one more of everything, or one of it."""
+        first, *others = self.exports
+        found = [(f"sizes that lead to path {i + 2}", e.inputs) for i, e in enumerate(others)]
+        own = first.values_at(first.inputs)
+        if own:
+            larger = {symbol: value + 1 for symbol, value in own.items()}
+            found.insert(0, ("larger sizes", first.resized(larger)))
+            found.insert(1, ("sizes of one", first.resized(dict.fromkeys(own, 1))))
+        return found
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Sizes at which the model may take another path.
+
+    `alone`: a path of these sizes and no others. `instead` are tried where the model does not run.
+    """
+
+    words: str
+    inputs: Inputs
+    alone: bool = False
+    instead: "tuple[_Turn, ...]" = ()
+
+
+def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
+    """Raises PruningError where the model can't be exported."""
+    tensors = tensors_of(as_arguments(example_inputs))
+    if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
+        raise PruningError("the example inputs must hold at least one sample")
+    traced = traceable(model)
+    first = _export_of_example(traced, example_inputs, knows)
+    exports, unread = [first], []
+    waiting = [*_neighbours(first), *_turns(first)]
+    while waiting:
+        turn = waiting.pop(0)
+        if any(known.covers(turn.inputs) for known in exports):
+            continue
+        if not _runs(traced, turn.inputs):
+            waiting += turn.instead
+            continue
+        if len(exports) == MOST_PATHS:
+            unread.append(f"{turn.words}, on more than {MOST_PATHS} paths")
+            continue
+        symbols = [set() for _ in first.symbols] if turn.alone else first.symbols
+        try:
+            other = export(traced, turn.inputs, symbols, knows)
+        except Exception as error:
+            unread.append(f"{turn.words}, where exporting fails: {first_line(error)}")
+            continue
+        exports.append(other)
+        if not turn.alone:
+            waiting += _turns(other)
+    return Paths(exports, [*unread, *_beyond_numbers(exports)])
+
+
+def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> Export:
+    tensors = tensors_of(as_arguments(example_inputs))
+    symbols = [set(range(x.ndim)) for x in tensors]
+    try:
+        found = export(traced, example_inputs, symbols, knows)
+        tied = _tied_to_numbers(found)
+        if any(tied):
+            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
+            found = export(traced, example_inputs, symbols, knows)
+        if not any(_tied_to_numbers(found)):
+            return found
+    except Exception:  # the sizes of some models can't be symbols
+        pass
+    try:
+        return export(traced, example_inputs, [set() for _ in tensors], knows)
+    except Exception as error:
+        raise PruningError(
+            "the model must be exportable by torch.export, which reads its dataflow, but "
+            f"exporting it failed: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _tied_to_numbers(export: Export) -> list[set[int]]:
+    """The dims of each input that must multiply to a number, as where pixels are flattened."""
+    tied: set[Any] = set()
+    for comparison in export.comparisons:
+        relation = comparison.relation
+        if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
+            tied |= relation.free_symbols
+    return [
+        {d for d, size in enumerate(shape(node)) if _symbols_of(size) & tied}
+        for node in export.placeholders
+    ]
+
+
+def _symbols_of(size: Size) -> set[Any]:
+    return set() if isinstance(size, int) else size.free_symbols
+
+
+def _runs(traced: nn.Module, inputs: Inputs) -> bool:
+    """Whether the model takes inputs of such sizes. No number is computed."""
+    try:
+        with on_fakes(traced, inputs) as (fake, fake_inputs):
+            call(fake, fake_inputs)
+    except Exception:  # whatever it raises: it does not
+        return False
+    return True
+
+
+def _turns(export: Export) -> Iterator[_Turn]:
+    """The nearest sizes at which comparisons in the model's code come out otherwise.
+
+    Many set sizes of one apart. These are read once, at the size of one in all places.
+    """
+    own = export.values_at(export.inputs)
+    assert own is not None
+    ones: dict[sympy.Symbol, int] = {}
+    for comparison in export.comparisons:
+        relation = comparison.relation
+        for symbol in () if comparison.of_torch else sorted(relation.free_symbols, key=str):
+            for value in _candidates(relation, own[symbol]):
+                values = {**own, symbol: value}
+                if relation.subs(values) == sympy.false:
+                    if _sets_one_apart(relation):
+                        ones[symbol] = value
+                    else:
+                        words = f"sizes other than {_in_words(export, relation)}"
+                        yield _Turn(words, export.resized(values))
+                    break
+    if ones:
+        one_by_one = tuple(
+            _Turn("sizes of one", export.resized({**own, symbol: value}), alone=True)
+            for symbol, value in ones.items()
+        )
+        yield _Turn("sizes of one", export.resized({**own, **ones}), True, one_by_one)
+
+
+def _sets_one_apart(relation: Any) -> bool:
+    """Whether it holds of all numbers but 1, as `x > 1` and `x != 1` do."""
+    if len(relation.args) != 2 or not any(side.is_number for side in relation.args):
+        return False
+    x = sympy.Dummy(integer=True, positive=True)
+    of_x = relation.func(*(side if side.is_number else x for side in relation.args))
+    return [of_x.subs(x, n) for n in (1, 2, 3)] == [sympy.false, sympy.true, sympy.true]
+
+
+def _candidates(relation: sympy.Basic, own: int) -> list[int]:
+    """Sizes to try: those around, and those around the numbers that are compared with."""
+    numbers = {abs(int(number)) for number in relation.atoms(sympy.Integer)}
+    tried = {*range(1, 2 * own + 17), *(n + d for n in numbers for d in (-1, 0, 1) if n + d > 0)}
+    return sorted(tried, key=lambda value: (abs(value - own), value))
+
+
+def _neighbours(export: Export) -> Iterator[_Turn]:
+    """The neighbours of sizes that the model's code uses as numbers."""
+    tensors = tensors_of(as_arguments(export.inputs))
+    for dim, size in export.numbers:
+        for other in (size - 1, size + 1):
+            shapes = [
+                [
+                    other if (d, actual) == (dim, size) else actual
+                    for d, actual in enumerate(tensor.shape)
+                ]
+                for tensor in tensors
+            ]
+            if other > 0:
+                words = f"size {other} instead of {size} in dim {dim}"
+                yield _Turn(words, of_shapes(export.inputs, shapes), alone=True)
+
+
+def _beyond_numbers(exports: list[Export]) -> Iterator[str]:
+    """The sizes that are used as numbers, of which only the neighbours were read."""
+    first, *others = exports
+    for dim, size in first.numbers:
+        read = {
+            tensor.shape[dim]
+            for other in others
+            for tensor in tensors_of(as_arguments(other.inputs))
+            if tensor.ndim > dim and abs(tensor.shape[dim] - size) == 1
+        }
+        if read:
+            sizes = ", ".join(map(str, sorted(read | {size})))
+            yield f"sizes other than {sizes} in dim {dim}, which the model's code uses as numbers"
+
+
+def _in_words(export: Export, relation: sympy.Basic) -> str:
+    """A comparison of sizes, with what stands for each of them."""
+    names: dict[sympy.Symbol, str] = {}
+    for node in export.placeholders:
+        for dim, size in enumerate(shape(node)):
+            if isinstance(size, sympy.Symbol):
+                names.setdefault(size, f"{node.name}.shape[{dim}]")
+    return str(relation.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
