@@ -269,7 +269,7 @@ def _export(
     sizes = ShapesCollection()
     for tensor, dims in zip(tensors, symbols, strict=True):
         sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
-    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols():
+    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols(any(symbols)):
         warnings.simplefilter("ignore")  # torch's, about its own tracing
         program = torch.export.export(
             model,
@@ -311,9 +311,9 @@ def _symbols_of(size: Size) -> set[Any]:
     return set() if isinstance(size, int) else size.free_symbols
 
 
-def _sizes_are_symbols() -> AbstractContextManager[None]:
+def _sizes_are_symbols(any_are: bool) -> AbstractContextManager[None]:
     """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
-    if not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
+    if not any_are or not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
         return nullcontext()
     config: Any = symbolic_config
     patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)

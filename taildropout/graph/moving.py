@@ -112,6 +112,13 @@ def expand(operation: Operation) -> Iterator[Saying]:
             yield Relation((output, dim), ())
 
 
+def fill(operation: Operation) -> Iterator[Saying]:
+    """Tensors of one number: however many of it there are."""
+    for dim, size in enumerate(shape(operation.output)):
+        if isinstance(size, int) and size > 1:
+            yield Relation((operation.output, dim), ())
+
+
 def concatenate(operation: Operation) -> Iterator[Saying]:
     output, sources = operation.output, operation.args[0]
     rank = len(shape(output))

@@ -497,9 +497,9 @@ RULES: dict[Any, Rule] = {
     aten.zeros_like.default: Rule(_elementwise, all_of(0.0), runs_on_nothing=True),
     aten.ones_like.default: Rule(_elementwise, all_of(1.0), runs_on_nothing=True),
     aten.full_like.default: Rule(_elementwise, all_of_argument(1), runs_on_nothing=True),
-    aten.zeros.default: Rule(_nothing, all_of(0.0)),
-    aten.ones.default: Rule(_nothing, all_of(1.0)),
-    aten.full.default: Rule(_nothing, all_of_argument(1)),
+    aten.zeros.default: Rule(moving.fill, all_of(0.0), has_sizes=True),
+    aten.ones.default: Rule(moving.fill, all_of(1.0), has_sizes=True),
+    aten.full.default: Rule(moving.fill, all_of_argument(1), has_sizes=True),
     # Products.
     aten.linear.default: Rule(_linear, fold=_as_they_are, runs_on_nothing=True),
     aten.addmm.default: Rule(_product(1, 2, bias_at=0), fold=_as_they_are),

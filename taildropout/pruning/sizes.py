@@ -54,7 +54,7 @@ _KEYS = re.compile(r"(^|_)(k|kv|key)(_|$)|^key")
 _HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = (
-    *("all_head_size", "inner_dim", "split_size", "intermediate_size", "hidden_features"),
+    *("all_head_size", "inner_dim", "intermediate_size", "hidden_features"),
     *("ffn_dim", "d_ff", "n_inner", "intermediate_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
 )
 
@@ -78,6 +78,7 @@ def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
     after = sizes_of_linears(model)
     config: Any = getattr(model, "config", None)
     for_config: dict[tuple[str, int], set[int]] = {}
+    owner: Any
     for owner_name, owner in model.named_modules():
         linears = {
             name.rpartition(".")[2]: (before[name], after[name])
@@ -94,6 +95,14 @@ def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
                     if attribute in vars(owner):
                         setattr(owner, attribute, kept)
                     for_config.setdefault((attribute, heads), set()).add(kept)
+        part = vars(owner).get("split_size")  # one Linear computes several parts of it
+        parts = {
+            new * part // old
+            for old, new in linears.values()
+            if part and old != new and old % part == new * part % old == 0
+        }
+        if len(parts) == 1:
+            owner.split_size = parts.pop()
         for attribute in _WIDTHS:
             for old, new in linears.values():
                 if vars(owner).get(attribute) == old != new:
