@@ -1,8 +1,10 @@
 """Sizes that modules hold beside their tensors."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -57,6 +59,23 @@ _WIDTHS = (
     *("all_head_size", "inner_dim", "intermediate_size", "hidden_features"),
     *("ffn_dim", "d_ff", "n_inner", "intermediate_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
 )
+
+
+_FEATURES = ("hidden_dim", "hidden_size", "embed_dim", "d_model", "dim")
+
+
+def mend_named_sizes(module: Any, name: str, before: Mapping[str, torch.Size]) -> None:
+    """The number of features that a module holds beside its own tensors, where they agree on it."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    pairs = {
+        pair
+        for attribute, tensor in own
+        for pair in zip(before.get(f"{name}.{attribute}", ()), tensor.shape, strict=False)
+    }
+    for attribute in _FEATURES:
+        sizes = {new for old, new in pairs if old == vars(module).get(attribute)}
+        if len(sizes) == 1:
+            setattr(module, attribute, sizes.pop())
 
 
 def sizes_of_linears(model: nn.Module) -> dict[str, int]:

@@ -225,6 +225,48 @@ def test_a_writer_without_a_layer_keeps_the_stream():
     assert_equal_at_all_sizes(plan, model, ks, tokens)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("k", "width"), [(8, 8), (6, 8), (3, 4)])
+def test_the_stream_of_a_mixture_of_experts(k, width):
+    """Its kernel takes multiples of 16 bytes, so some of the zeros stay; and it has no float64."""
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
+    model = insert(
+        prepared(transformers.MixtralForCausalLM(config)), "*.embed_tokens", "*.o_proj", "*.mlp"
+    )
+    ks = dict.fromkeys(td.tail_dropouts(model), k)
+    plan = td.plan_pruning(model, ks, tokens(*EXAMPLE))
+    small = plan.apply(model)
+    layer = small.model.model.layers[0]
+    assert layer.mlp.experts.gate_up_proj.shape == (4, 48, width)
+    assert layer.mlp.experts.down_proj.shape == (4, width, 24)
+    assert layer.mlp.gate.weight.shape == (4, width)
+    assert layer.self_attn.q_proj.weight.shape == (24, width)
+    assert all("on multiples of 4 features only" in stay.reason for stay in plan.stays)
+    for size in (EXAMPLE, *OTHERS):
+        x = tokens(*size)
+        with torch.no_grad(), td.at_width(model, ks):
+            assert_close(small(**x), model(**x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_stream_of_a_state_space_model():
+    config = transformers.MambaConfig(
+        vocab_size=WORDS, hidden_size=N, state_size=4, num_hidden_layers=2, use_cache=False
+    )
+    model = insert(
+        prepared(transformers.MambaForCausalLM(config)), "*.embeddings", "*.mixer.out_proj"
+    )
+    ks = dict.fromkeys(td.tail_dropouts(model), K)
+
+    def inputs(*size):
+        return {"input_ids": tokens(*size)["input_ids"]}
+
+    plan = td.plan_pruning(model, ks, inputs(*EXAMPLE))
+    assert plan.stays == []
+    assert plan.apply(model).model.backbone.layers[0].mixer.in_proj.weight.shape == (64, K)
+    assert_equal_at_all_sizes(plan, model, ks, inputs)
+
+
 # --------------------------------------------------------------------------------------- the heads
 
 
