@@ -203,7 +203,7 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
     sizes = ShapesCollection()
     for tensor, dims in zip(tensors_of((args, kwargs)), symbols, strict=True):
         sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
-    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols():
+    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols(any(symbols)):
         warnings.simplefilter("ignore")  # torch's, about its own tracing
         program = torch.export.export(
             model,
@@ -217,9 +217,9 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
     return Export(program, inputs, symbols)
 
 
-def _sizes_are_symbols() -> AbstractContextManager[None]:
+def _sizes_are_symbols(any_are: bool) -> AbstractContextManager[None]:
     """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
-    if not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
+    if not any_are or not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
         return nullcontext()
     config: Any = symbolic_config
     patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)

@@ -442,6 +442,11 @@ def _overlooked(
                 first = torch.arange(len(gone)) == 0
                 text = "can't be run by torch on no features"
                 yield _Need(place, first, where(operation), text)
+            step = max(1, rule.alignment // place[0].meta["val"].dtype.itemsize)
+            if missing := -int((~gone).sum()) % step:
+                some = gone & (gone.cumsum(0) <= missing)
+                text = f"is run by torch on multiples of {step} features only"
+                yield _Need(place, some, where(operation), text)
             if rule.takes is not None and not _takes_the_same(operation, rule, stays):
                 text = "takes features by their number, which pruning would change"
                 yield _Need(place, None, where(operation), text)

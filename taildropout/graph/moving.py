@@ -103,6 +103,17 @@ def take_away(dim_argument: int) -> Callable[[Operation], Iterator[Saying]]:
     return says
 
 
+def pick_rows(operation: Operation) -> Iterator[Saying]:
+    """x[index] with one tensor of numbers: along the other dims all is as it was."""
+    source, indices = operation.args[:2]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) == 1 and given[0][1].meta["val"].dtype in (torch.int64, torch.int32):
+        (along, index), rank = given[0], len(shape(source))
+        more = len(shape(index)) - 1
+        dims = {d: d + more * (d > along) for d in range(rank) if d != along}
+        yield from dims_alike(source, operation.output, dims)
+
+
 def expand(operation: Operation) -> Iterator[Saying]:
     source, output = operation.args[0], operation.output
     missing = len(shape(output)) - len(shape(source))
@@ -111,6 +122,13 @@ def expand(operation: Operation) -> Iterator[Saying]:
             yield from same((source, dim - missing), (output, dim))
         elif isinstance(size, int) and size > 1:  # however many copies there are
             yield Relation((output, dim), ())
+
+
+def fill(operation: Operation) -> Iterator[Saying]:
+    """Tensors of one number: however many of it there are."""
+    for dim, size in enumerate(shape(operation.output)):
+        if isinstance(size, int) and size > 1:
+            yield Relation((operation.output, dim), ())
 
 
 def concatenate(operation: Operation) -> Iterator[Saying]:

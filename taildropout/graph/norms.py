@@ -234,7 +234,7 @@ def _takers(flow: Dataflow, node: fx.Node, divides: bool) -> tuple[Factor, ...] 
     Behind the value, everything must be proportional to it until a weight is reached.
     """
     factors: list[Factor] = []
-    proportional, waiting, seen = {node}, [node], list[Operation]()
+    waiting, seen = [node], set[Operation]()
     while waiting:
         value = waiting.pop()
         if value in flow.returned:
@@ -242,17 +242,15 @@ def _takers(flow: Dataflow, node: fx.Node, divides: bool) -> tuple[Factor, ...] 
         for user in flow.users[value]:
             if user in seen:
                 return None  # it reads two values, both of which have the factor
-            seen.append(user)
+            seen.add(user)
             taker = None if divides and value is node else _taker(user, value)
             if taker is not None:
                 factors.append(taker)
             elif _is_proportional(user, value, divides and value is node):
-                proportional.add(user.output)
                 waiting.append(user.output)
             else:
                 return None
-    reads_two = any(len(proportional.intersection(user.sources)) > 1 for user in seen)
-    return None if reads_two or not factors else tuple(factors)
+    return tuple(factors) or None
 
 
 def _taker(user: Operation, value: fx.Node) -> Factor | None:

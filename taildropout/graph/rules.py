@@ -49,6 +49,7 @@ class Rule:
         takes: along which dims it takes features, and which, by numbers that stand in the code.
         has_sizes: sizes of its input or output stand among its arguments.
         runs_on_nothing: torch can run it where all features are gone.
+        alignment: its features must be a multiple of so many bytes.
         mixes: why it needs all features of the dims of which it says nothing.
     """
 
@@ -58,16 +59,19 @@ class Rule:
     takes: Callable[[Operation], dict[int, Taken]] | None = None
     has_sizes: bool = False
     runs_on_nothing: bool = False
+    alignment: int = 1
     mixes: str = "needs all features at once, or is not supported"
 
 
 def rule_of(operation: Operation) -> Rule | None:
     """The entry of an operation. Elementwise functions are known by torch's tag for them."""
-    return RULES.get(operation.target) or (ELEMENTWISE if is_known(operation.target) else None)
+    rule = RULES.get(operation.target) or BY_NAME.get(str(operation.target))
+    return rule or (ELEMENTWISE if is_known(operation.target) else None)
 
 
 def is_known(target: Any) -> bool:
-    return target in RULES or torch.Tag.pointwise in getattr(target, "tags", ())
+    is_pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
+    return target in RULES or str(target) in BY_NAME or is_pointwise
 
 
 class Sayings:
@@ -185,6 +189,14 @@ def _product(left_at: int, right_at: int, bias_at: int | None = None) -> Callabl
             yield from dims_alike(factor, output, {d: d + shift for d in range(its_rank - 2)})
 
     return says
+
+
+def _grouped_product(operation: Operation) -> Iterator[Saying]:
+    """Rows of the input, group by group, times a matrix for each group: (groups, in, out)."""
+    input, weight = operation.args[:2]
+    if (len(shape(input)), len(shape(weight))) == (2, 3) and operation.arg(3, "bias") is None:
+        yield from read(operation, (input, 1), (weight, 1))
+        yield from same((weight, 2), (operation.output, 1))
 
 
 def _einsum(operation: Operation) -> Iterator[Saying]:
@@ -468,6 +480,7 @@ _CONVOLUTION = Rule(_convolution(transposed=False), _of_grouped_convolution, _ov
 _TRANSPOSED = Rule(
     _convolution(transposed=True), _of_grouped_convolution, _at_each_place_of_the_kernel
 )
+_GROUPED_PRODUCT = Rule(_grouped_product, alignment=16)
 _CELL = Rule(_cell(weights_at=2), fold=_as_they_are)
 
 RULES: dict[Any, Rule] = {
@@ -500,9 +513,9 @@ RULES: dict[Any, Rule] = {
     aten.zeros_like.default: Rule(_elementwise, all_of(0.0), runs_on_nothing=True),
     aten.ones_like.default: Rule(_elementwise, all_of(1.0), runs_on_nothing=True),
     aten.full_like.default: Rule(_elementwise, all_of_argument(1), runs_on_nothing=True),
-    aten.zeros.default: Rule(_nothing, all_of(0.0)),
-    aten.ones.default: Rule(_nothing, all_of(1.0)),
-    aten.full.default: Rule(_nothing, all_of_argument(1)),
+    aten.zeros.default: Rule(moving.fill, all_of(0.0), has_sizes=True),
+    aten.ones.default: Rule(moving.fill, all_of(1.0), has_sizes=True),
+    aten.full.default: Rule(moving.fill, all_of_argument(1), has_sizes=True),
     # Products.
     aten.linear.default: Rule(_linear, fold=_as_they_are, runs_on_nothing=True),
     aten.addmm.default: Rule(_product(1, 2, bias_at=0), fold=_as_they_are),
@@ -510,6 +523,7 @@ RULES: dict[Any, Rule] = {
         (aten.matmul.default, aten.mm.default, aten.bmm.default),
         Rule(_product(0, 1), zeros_from_any(0, 1), _as_they_are),
     ),
+    aten._grouped_mm.default: _GROUPED_PRODUCT,
     aten.einsum.default: Rule(_einsum, zeros_from_any_factor),
     aten.bilinear.default: Rule(_bilinear),
     **_each(
@@ -570,6 +584,7 @@ RULES: dict[Any, Rule] = {
         _REARRANGED,
     ),
     aten.select.int: Rule(moving.take_away(1), from_related),
+    aten.index.Tensor: Rule(moving.pick_rows, from_related),
     aten.unbind.int: Rule(moving.take_away(1), from_related),
     aten.expand.default: Rule(moving.expand, from_related, has_sizes=True),
     aten.cat.default: Rule(moving.concatenate, from_related),
@@ -656,6 +671,10 @@ RULES: dict[Any, Rule] = {
     aten.instance_norm.default: Rule(_channelwise, _of_statistics),
     aten._weight_norm.default: Rule(_weight_norm),
 }
+
+
+# Operations that other packages define, which are there only once these are imported.
+BY_NAME = {"transformers.grouped_mm_fallback.default": _GROUPED_PRODUCT}
 
 
 def belongs_to_attention(flow: Dataflow, node: fx.Node) -> bool:

@@ -259,7 +259,8 @@ def plan_pruning(
     rows of a Linear or Conv, columns of an Embedding, entries of BatchNorm and other parameters
     on the way. Behind it, what reads the tail goes: columns of a Linear, Conv or recurrent layer,
     whose bias takes in what they contributed; matrix products and einsums lose what they add up,
-    sums and norms (`F.normalize`) zeros. Elementwise functions, pooling, reshaping,
+    sums and norms (`F.normalize`) zeros. RMSNorm, of any class, averages over what is left, its
+    weight and eps rescaled such that it computes the same. Elementwise functions, pooling, reshaping,
     concatenation, gating and residual additions pass features on. What can't be cut such that the
     result is the same on every input stays (`plan.stays` says why), and the layer slices what
     arrives or adds zeros instead.

@@ -23,7 +23,7 @@ from .cuts import Findings, Reading
 from .surgery import operate
 
 # Of larger networks the small one is read with fixed sizes, which takes a third of the time.
-MOST_WITH_SYMBOLS = 500
+MOST_WITH_SYMBOLS = 150
 
 
 def cut_as_predicted(

@@ -1,8 +1,10 @@
 """Sizes that modules hold beside their tensors."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -54,9 +56,26 @@ _KEYS = re.compile(r"(^|_)(k|kv|key)(_|$)|^key")
 _HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = (
-    *("all_head_size", "inner_dim", "split_size", "intermediate_size", "hidden_features"),
+    *("all_head_size", "inner_dim", "intermediate_size", "hidden_features"),
     *("ffn_dim", "d_ff", "n_inner", "intermediate_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
 )
+
+
+_FEATURES = ("hidden_dim", "hidden_size", "embed_dim", "d_model", "dim")
+
+
+def mend_named_sizes(module: Any, name: str, before: Mapping[str, torch.Size]) -> None:
+    """The number of features that a module holds beside its own tensors, where they agree on it."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    pairs = {
+        pair
+        for attribute, tensor in own
+        for pair in zip(before.get(f"{name}.{attribute}", ()), tensor.shape, strict=False)
+    }
+    for attribute in _FEATURES:
+        sizes = {new for old, new in pairs if old == vars(module).get(attribute)}
+        if len(sizes) == 1:
+            setattr(module, attribute, sizes.pop())
 
 
 def sizes_of_linears(model: nn.Module) -> dict[str, int]:
@@ -73,6 +92,7 @@ def sizes_of_linears(model: nn.Module) -> dict[str, int]:
 def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
     """Numbers of heads and widths that modules hold as attributes, beside their Linear layers."""
     after = sizes_of_linears(model)
+    owner: Any
     for owner_name, owner in model.named_modules():
         linears = {
             name.rpartition(".")[2]: (before[name], after[name])
@@ -86,6 +106,14 @@ def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
                 if sizes and isinstance(heads, int) and heads > 0 and sizes[0][0] % heads == 0:
                     old, new = sizes[0]
                     setattr(owner, attribute, new * heads // old)
+        part = vars(owner).get("split_size")  # one Linear computes several parts of it
+        parts = {
+            new * part // old
+            for old, new in linears.values()
+            if part and old != new and old % part == new * part % old == 0
+        }
+        if len(parts) == 1:
+            owner.split_size = parts.pop()
         for attribute in _WIDTHS:
             for old, new in linears.values():
                 if vars(owner).get(attribute) == old != new:

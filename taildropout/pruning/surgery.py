@@ -12,7 +12,7 @@ from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.insert import tail_dropouts
 from .cuts import Cut, Fit, Fold, Rescale
-from .sizes import mend_attributes, mend_written_sizes, sizes_of_linears
+from .sizes import mend_attributes, mend_named_sizes, mend_written_sizes, sizes_of_linears
 
 # torch.nn.utils.parametrize keeps the tensors of a module's weight in a module of its own.
 _OF_PARAMETRIZATION = re.compile(r"\.?parametrizations\.\w+$")
@@ -30,7 +30,7 @@ def operate(
     Every tensor that changes is a new one, so a model that shares tensors with another leaves
     the other as it is.
     """
-    before = sizes_of_linears(model)
+    before, shapes = sizes_of_linears(model), _shapes(model)
     with torch.no_grad():
         for fold in folds:  # before its rows are cut
             _fold(model, fold)
@@ -51,7 +51,12 @@ def operate(
         setattr(model.get_submodule(owner), attribute, fitted)
     for module in {_OF_PARAMETRIZATION.sub("", cut.name.rpartition(".")[0]) for cut in cuts}:
         mend_attributes(model.get_submodule(module))
+        mend_named_sizes(model.get_submodule(module), module, shapes)
     mend_written_sizes(model, before)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors_by_name(model).items()}
 
 
 def _fold(model: nn.Module, fold: Fold) -> None:

@@ -312,7 +312,38 @@ def residual(m, x):
     return x + x * torch.rsqrt(mean_of_squares(x) + m.eps)
 
 
+def over_the_inverse(m, x):
+    return m.weight * (x / torch.rsqrt(mean_of_squares(x) + m.eps))
+
+
+def times_the_root(m, x):
+    return m.weight * (x * (torch.sqrt(mean_of_squares(x) + m.eps) / 2.0))
+
+
+def rounded(m, x):
+    return m.weight * (4 * x * torch.rsqrt(mean_of_squares(x) + m.eps)).long()
+
+
+def mean_used_twice(m, x):
+    mean = mean_of_squares(x)
+    return m.weight * (x * torch.rsqrt(mean + m.eps)) * mean
+
+
+def mean_of_magnitudes(m, x):
+    return m.weight * (x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + m.eps))
+
+
+def twice_one_more(m, x):
+    return x * torch.rsqrt(mean_of_squares(x) + m.eps) * torch.add(m.weight, 1.0, alpha=2.0)
+
+
+AT_ONCE = "mean in module 'norms.0' needs all features at once, or is not supported"
 REFUSED = {
+    "over the inverse": (over_the_inverse, NO_WEIGHT),
+    "times the root": (times_the_root, NO_WEIGHT),
+    "rounded": (rounded, NO_WEIGHT),
+    "its mean used elsewhere too": (mean_used_twice, AT_ONCE),
+    "a mean of magnitudes": (mean_of_magnitudes, AT_ONCE),
     "eps written in the code": (written_in_the_code, NO_ATTRIBUTE),
     "eps in an object": (in_an_object, NO_ATTRIBUTE),
     "eps used elsewhere too": (used_twice, NO_ATTRIBUTE),
@@ -388,6 +419,24 @@ def test_norms_of_one_weight_over_other_features():
     kept(
         model, "mean in module 'norms.0' shares 'norms.0.scale' = 'norms.1.scale' with norms of .*"
     )
+
+
+def test_a_root_that_is_returned_too():
+    def both(m, h):
+        root = torch.rsqrt(mean_of_squares(h) + m.norms[0].eps)
+        return m.consumer(m.norms[0].weight * (h * root)), root
+
+    model = prepared(Net(Norm(llama), between=both))
+    words = "mean in the model's own forward has no weight of its own that could make up for .*"
+    kept(model, words)
+
+
+def test_a_multiple_of_a_number_added_to_the_weight():
+    """That is no number that is known: what reads the norm takes in the factor."""
+    model = prepared(Net(Norm(twice_one_more)))
+    plan = plan_of(model)
+    assert [rescale.weights for rescale in plan.rescales] == [("consumer.weight",)]
+    assert_computes(plan.apply(model), model, {"tail": K}, *SHAPES)
 
 
 def test_layer_norm_stays_with_its_reason():

@@ -49,6 +49,38 @@ def test_the_small_network_is_the_one_that_is_built_small(name):
     assert_same(dict(small.state_dict()), dict(pruned.state_dict()))
 
 
+class Named(nn.Module):
+    """Weights of its own, and the numbers of their features."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.hidden_dim, self.inner = 8, inner
+        self.into, self.out = (
+            nn.Parameter(torch.randn(8, inner)),
+            nn.Parameter(torch.randn(inner, 3)),
+        )
+
+    def forward(self, x):
+        return torch.relu(x.reshape(-1, self.hidden_dim) @ self.into) @ self.out
+
+
+def test_the_features_that_a_module_names_beside_its_own_weights():
+    model = nn.Sequential(nn.Linear(5, 8), TailDropout(), Named(12)).double()
+    small = td.prune(model, 3, floats(2, 5))
+    assert (small[2].hidden_dim, small[2].inner) == (3, 12)
+    assert small[2].into.shape == (3, 12)
+    assert_same_outputs(small, model, {"1": 3}, floats(4, 5))
+
+
+def test_a_name_that_may_mean_other_features_too_is_left():
+    """Of two sizes that were alike one has changed; what is reshaped by it stays then."""
+    model = nn.Sequential(nn.Linear(5, 8), TailDropout(), Named(8)).double()
+    small = td.prune(model, 3, floats(2, 5))
+    assert small[2].hidden_dim == 8
+    assert small[2].into.shape == (8, 8)
+    assert_same_outputs(small, model, {"1": 3}, floats(4, 5))
+
+
 # --------------------------------------------------------------------------- sizes written in code
 
 
