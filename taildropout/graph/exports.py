@@ -212,6 +212,7 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
             dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
             strict=False,
         )
+        _functionalise(program.graph)
         if _needs_decomposing(program.graph, knows):
             program = program.run_decompositions({})
     return Export(program, inputs, symbols)
@@ -224,6 +225,44 @@ def _sizes_are_symbols(any_are: bool) -> AbstractContextManager[None]:
     config: Any = symbolic_config
     patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
     return patched
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """Operations that change a tensor in place make a new one, where no other value shows it.
+
+    Where one does, torch's decomposition finds out what becomes of it, which takes much longer.
+    """
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        functional = _functional(node.target)
+        changed = node.args[0] if node.args else None
+        if functional is None or not isinstance(changed, fx.Node) or _is_view(changed):
+            continue
+        others = [user for user in changed.users if user is not node]
+        if any(_is_view(user) and order[user] < order[node] for user in others):
+            continue
+        node.target = functional
+        for user in others:
+            if order[user] > order[node]:
+                user.replace_input_with(changed, node)
+
+
+def _functional(target: Any) -> Any:
+    """`add.Tensor` of `add_.Tensor`; None of what changes nothing or has no such twin."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    changes = [a for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
+    packet = getattr(torch.ops.aten, target.overloadpacket.__name__.removesuffix("_"), None)
+    twin = getattr(packet, target._overloadname, None)
+    is_twin = twin is not None and twin is not target and not twin._schema.is_mutable
+    return twin if is_twin and changes == target._schema.arguments[:1] else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the value may be another one's, or a part of it; parameters and inputs are given."""
+    schema = getattr(node.target, "_schema", None)
+    may_return_input = "dropout" in str(node.target)  # which it does in eval mode
+    return schema is None or may_return_input or any(r.alias_info for r in schema.returns)
 
 
 def _needs_decomposing(graph: fx.Graph, knows: Knows) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..models.copies import with_own_buffers
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, call
 
@@ -29,14 +30,15 @@ class Cost:
 
 
 def costs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
-    """The cost of every module by name, "" for the whole model, in eval mode on these inputs."""
-    with (
-        _no_fused_encoder(),
-        on_fakes(model, inputs) as (fake, fake_inputs),
-        FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter,
-    ):
-        call(fake.eval(), fake_inputs)
-    counts = counter.get_flop_counts()
+    """The cost of every module by name, "" for the whole model, in eval mode on these inputs.
+
+    Nothing is computed, unless what is computed decides about shapes.
+    """
+    try:
+        with on_fakes(model, inputs) as (fake, fake_inputs):
+            counts = _counted(fake, fake_inputs)
+    except Exception:
+        counts = _counted(with_own_buffers(model), inputs)
     root = type(model).__name__
     costs = {}
     for name, module in model.named_modules():
@@ -44,6 +46,17 @@ def costs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
         flops = sum(counts.get(f"{root}.{name}" if name else "Global", {}).values())
         costs[name] = Cost(parameters, int(flops))
     return costs
+
+
+@torch.no_grad()
+def _counted(model: nn.Module, inputs: Inputs) -> dict[str, dict[Any, int]]:
+    with (
+        _no_fused_encoder(),
+        torch.random.fork_rng(devices=[]),
+        FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter,
+    ):
+        call(model.eval(), inputs)
+    return counter.get_flop_counts()
 
 
 @contextmanager

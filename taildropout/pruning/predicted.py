@@ -6,6 +6,7 @@ one does: each operation must be the one of the large network, on the same value
 numbers, and its result of the shape that is left.
 """
 
+import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
@@ -21,6 +22,9 @@ from ..graph.rules import RULES, is_known
 from ..models.copies import PruningError, structural_copy
 from .cuts import Findings, Reading
 from .surgery import operate
+
+# Where slices start and end that take all.
+_ALL = ((), (0,), (0, sys.maxsize), (None, None), (0, None))
 
 # Of larger networks the small one is read with fixed sizes, which takes a third of the time.
 MOST_WITH_SYMBOLS = 150
@@ -66,25 +70,35 @@ def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[
     traced = traceable(small)
     differ: set[fx.Node] = set()
     for path in flow.paths.exports:
-        few = path is flow.paths.exports[0] and len(path.nodes) <= MOST_WITH_SYMBOLS
-        symbols = path.symbols if few else [set() for _ in path.symbols]
-        try:
-            own = export(traced, path.inputs, symbols, is_known)
-        except Exception as error:
-            raise PruningError(
-                f"the pruned network does not run: {first_line(error)}. Its forward may spell out "
-                "a size that pruning changes, as in x.view(-1, 3136): read it from the tensors "
-                "instead, as in x.flatten(1). With k = 0, a layer may be one that torch can't run "
-                "on no features"
-            ) from error
-        node = _Comparison(flow, path, own, found).first_difference()
-        if node is None and not _compares_like(path, own):
-            node = path.nodes[-1]
+        # Torch does not export quite the same without symbols: a difference is looked at again.
+        fixed = [set[int]() for _ in path.symbols]
+        ways = [fixed, path.symbols] if len(path.nodes) > MOST_WITH_SYMBOLS else [path.symbols]
+        node = None
+        for symbols in ways:
+            node = _first_difference(flow, path, _export(traced, path, symbols), found)
+            if node is None:
+                break
         if node is not None:
             differ |= _of_the_same_line(path, node)
     if any(node.op == "output" for node in differ):
         differ |= {operation.output for operation in flow.calls()}
     return differ
+
+
+def _export(traced: nn.Module, path: Export, symbols: list[set[int]]) -> Export:
+    try:
+        return export(traced, path.inputs, symbols, is_known)
+    except Exception as error:
+        raise PruningError(
+            f"the pruned network does not run: {first_line(error)}. Its forward may spell out a "
+            "size that pruning changes, as in x.view(-1, 3136): read it from the tensors instead, "
+            "as in x.flatten(1). With k = 0, a layer may be one that torch can't run on no features"
+        ) from error
+
+
+def _first_difference(flow: Dataflow, path: Export, own: Export, found: Findings) -> fx.Node | None:
+    node = _Comparison(flow, path, own, found).first_difference()
+    return path.nodes[-1] if node is None and not _compares_like(path, own) else node
 
 
 def _with_sizes(flow: Dataflow) -> set[fx.Node]:
@@ -157,7 +171,7 @@ class _Comparison:
         if own in self.new_biases and arg is None:
             return True
         if isinstance(own, fx.Node) and _number(own) is own:
-            return self.twin.get(own) is arg
+            return isinstance(arg, fx.Node) and self.twin.get(_unsliced(own)) is _unsliced(arg)
         number, own_number = _number(arg), _number(own)
         norm = self.found.of_norms.get(node)
         sizes_differ = node.target is LAYER or _has_sizes(node) or norm is not None
@@ -199,12 +213,23 @@ def _equal(constant: Any, own: Any) -> bool:
 
 
 def _operations(export: Export) -> list[fx.Node]:
-    """What computes tensors, and what is returned."""
+    """What computes tensors, and what is returned. With symbols, slices of all stand in between."""
     return [
         node
         for node in export.nodes
-        if node.op == "output" or (node.op == "call_function" and _shapes(node))
+        if node.op == "output"
+        or (node.op == "call_function" and _shapes(node) and _unsliced(node) is node)
     ]
+
+
+def _unsliced(node: fx.Node) -> fx.Node:
+    """What a slice is of, where it takes all, and what is made contiguous."""
+    while (
+        node.target is torch.ops.aten.slice.Tensor and node.args[2:] in _ALL
+    ) or node.target is torch.ops.aten.contiguous.default:
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node
 
 
 def _arguments(node: fx.Node) -> list[Any]:
