@@ -199,7 +199,7 @@ ALONG_OTHER_DIMS = {
     "layer_norm_over_time_of_constants": lambda s, x: s.b(F.layer_norm(s.h(x).mT + 1, (7,)).mT),
     "layer_norm_with_another_bias": lambda s, x: s.b(s.over_time(s.h(x).mT).mT),
     "layer_norm_over_both": lambda s, x: s.b(F.layer_norm(s.h(x).cos(), (7, 12))),
-    "rms_norm_over_time": lambda s, x: s.b(F.rms_norm(s.h(x).mT + 1, (7,)).mT),
+    "rms_norm_over_time": lambda s, x: s.b(F.rms_norm(s.h(x).mT + 2, (7,)).mT),
     "group_norm": lambda s, x: s.b(F.group_norm(s.h(x).mT, 3).mT),
     "instance_norm": lambda s, x: s.b(F.instance_norm(s.h(x).mT + 1).mT),
     "table_of_seven": lambda s, x: s.b(s.h(x) + s.seven),
