@@ -5,11 +5,13 @@ what it compared is turned around: the model is read at sizes, too, where a comp
 otherwise, and at the neighbours of sizes that it uses as numbers.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import sympy
@@ -28,6 +30,8 @@ from ..models.insert import tail_dropouts
 
 Size: TypeAlias = int | sympy.Expr
 Knows: TypeAlias = Callable[[Any], bool]
+
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 # As many paths through the code are read, at most.
 MOST_PATHS = 16
@@ -119,7 +123,7 @@ class Export:
         ]
         for environment in self._environments:
             for guard in environment.guards:
-                for symbol in () if _of_torch(guard) else guard.expr.free_symbols:
+                for symbol in guard.expr.free_symbols if _counted_by_caller(guard) else ():
                     size = environment.replace(symbol)
                     if size.is_number:
                         source = environment.var_to_sources[symbol][0]
@@ -161,10 +165,20 @@ def evaluated(size: Size, values: dict[sympy.Symbol, int]) -> int:
 
 def _of_torch(guard: Any) -> bool:
     """Torch's operations compare sizes too; what they compute is the same however that ends."""
-    place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).lstrip("(")
-    return place.startswith(
+    return _file(guard).startswith(
         ("_ops.py", "_refs/", "_prims", "_meta_registrations.py", "_decomp/", "_subclasses/")
     )
+
+
+def _counted_by_caller(guard: Any) -> bool:
+    """Whether the model's code may see the number, also as that of the parts that it is handed."""
+    return not _of_torch(guard) or _file(guard) == "_ops.py"
+
+
+def _file(guard: Any) -> str:
+    """The file whose code compared, its path seen from torch's own folder where it lies there."""
+    frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+    return str(getattr(frame, "filename", "")).removeprefix(_TORCH)
 
 
 # ----------------------------------------------------------------------------------- one export
@@ -254,6 +268,17 @@ class Paths:
 
     exports: list[Export]
     unread: list[str]
+
+    def other_inputs(self) -> list[tuple[str, Inputs]]:
+        """Inputs of other sizes, with what they are: one more of everything, or one of it."""
+        first, *others = self.exports
+        found = [(f"sizes that lead to path {i + 2}", e.inputs) for i, e in enumerate(others)]
+        own = first.values_at(first.inputs)
+        if own:
+            larger = {symbol: value + 1 for symbol, value in own.items()}
+            found.insert(0, ("larger sizes", first.resized(larger)))
+            found.insert(1, ("sizes of one", first.resized(dict.fromkeys(own, 1))))
+        return found
 
 
 def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:

@@ -1,6 +1,7 @@
 """Copies of a model, and its tensors by name."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,9 +29,25 @@ def structural_copy(model: nn.Module) -> nn.Module:
         raise PruningError(f"the model must be one that copy.deepcopy copies: {message}") from error
 
 
+def copy_that_shares(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """A copy with these tensors of the model, and its own in place of all others."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for buffer in model.buffers():  # copy.deepcopy refuses what was computed from parameters
+        if buffer.grad_fn is not None:
+            memo.setdefault(id(buffer), buffer.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
 def with_own_buffers(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters only: running it may change buffers."""
-    return without_cache(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+    """A copy that shares what running it does not change: its parameters, for the most part."""
+    changed = {
+        id(parameter)
+        for module in model.modules()
+        if getattr(module, "max_norm", None) is not None  # an embedding renormalises its table
+        for parameter in module.parameters()
+    }
+    shared = (p for p in model.parameters() if id(p) not in changed)
+    return without_cache(copy_that_shares(model, shared))
 
 
 def without_cache(model: nn.Module) -> nn.Module:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from ..layers.fitted import FittedTailDropout
-from ..models.copies import PruningError
+from ..models.copies import PruningError, tensors_by_name, with_own_buffers
+from ..models.inputs import Inputs
+from .verify import difference_of, run
 
 Place: TypeAlias = tuple[str, int | str]
 """A tensor and one of its dims, or a module and an attribute that is a number."""
@@ -40,13 +42,14 @@ class Refusal:
         raise PruningError(self.message)
 
 
-def fit_configs(small: nn.Module, model: nn.Module) -> None:
+def fit_configs(small: nn.Module, model: nn.Module, inputs: Inputs | None = None) -> None:
     """Give a pruned model a config that builds it; where none does, saving it says why.
 
     Args:
         small: the model, or what contains it, with its inserted layers. Its configs are replaced
             by copies before they are changed.
         model: what it was before it was cut.
+        inputs: what `small` is called with, to compare it with what its config builds.
     """
     for name in _outermost(small):
         part = small.get_submodule(name)
@@ -55,11 +58,17 @@ def fit_configs(small: nn.Module, model: nn.Module) -> None:
         if before == after and not fitted:
             continue
         _forget_refusals(part)
-        _own_its_configs(part)
-        reason = f"its layers {fitted} still slice what arrives or add zeros" if fitted else None
-        reason = reason or _fit(part, before, after)
-        if reason is not None:
-            _refuse(part, reason)
+        found: list[Change] | str
+        if fitted:
+            found = f"its TailDropout layers still slice what arrives or add zeros: {_some(fitted)}"
+        else:
+            found = _found(part, before, after)
+        if isinstance(found, list) and _computes_another(small, name, found, inputs):
+            found = "computes something else"
+        if isinstance(found, list):
+            _change_configs(part, found)
+        else:
+            _refuse(part, found)
 
 
 def _outermost(model: nn.Module) -> list[str]:
@@ -73,13 +82,6 @@ def _outermost(model: nn.Module) -> list[str]:
     return found
 
 
-def _own_its_configs(part: nn.Module) -> None:
-    copies: dict[int, Any] = {}  # those that modules share stay shared
-    for module in part.modules():
-        if hasattr(vars(module).get("config"), "to_dict"):
-            module.config = copy.deepcopy(module.config, copies)
-
-
 def _refuse(part: nn.Module, reason: str) -> None:
     for module in part.modules():
         if hasattr(module, "save_pretrained"):
@@ -88,6 +90,10 @@ def _refuse(part: nn.Module, reason: str) -> None:
                 f"be saved by save_pretrained, but {reason}. Or save it with "
                 "taildropout.save_pruned(small, plan, path)."
             )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _forget_refusals(part: nn.Module) -> None:
@@ -183,41 +189,72 @@ class Target:
 # --- the search -------------------------------------------------------------------------------
 
 
-def _fit(part: Any, before: Sizes, after: Sizes) -> str | None:
-    """Change the config of a model such that it builds it, or say why none does."""
-    base = _built(part, part.config, [])
+def _found(part: Any, before: Sizes, after: Sizes) -> list[Change] | str:
+    """The changes with which the config of a model builds it, or why there are none."""
+    base = _built(part, [])
     if base is None:
         return "its class can't be built from its config alone"
-    target = Target.of(base, before, after)
     if base.shapes.keys() != after.shapes.keys():
-        names = sorted(base.shapes.keys() ^ after.shapes.keys())
-        return f"one of them only has {', '.join(map(repr, names[:3]))}"
+        return f"one of them only has {_some(sorted(base.shapes.keys() ^ after.shapes.keys()))}"
+    target = Target.of(base, before, after)
     if target.is_met_by(base):
-        return None
+        return []
     for written in ([], _derived_head_dim(part)):
-        start = _built(part, part.config, written) if written else base
+        start = _built(part, written)
         if start is not None and start.shapes == base.shapes:
             for only_equal in (True, False):
                 tries = _tries(part, written, target, only_equal)
                 for changes in _enough(tries, target):
-                    built = _built(part, part.config, [*written, *changes])
+                    built = _built(part, [*written, *changes])
                     if built is not None and target.is_met_by(built):
-                        _change_all(part, [*written, *changes])
-                        return None
+                        return [*written, *changes]
     return _why_none(part, target)
 
 
-def _built(part: nn.Module, config: Any, changes: list[Change]) -> Sizes | None:
+def _model_from(part: Any, changes: list[Change]) -> nn.Module:
+    """What the changed config builds, on the meta device."""
+    config = copy.deepcopy(part.config)
+    for path, value in changes:
+        _change(config, path, value)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model: nn.Module = type(part)(config)
+        return model
+
+
+def _built(part: nn.Module, changes: list[Change]) -> Sizes | None:
     """The sizes of the model that the changed config builds."""
-    config = copy.deepcopy(config)
     try:
-        for path, value in changes:
-            _change(config, path, value)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            return Sizes.of(type(part)(config))
+        return Sizes.of(_model_from(part, changes))
     except Exception:  # the config or the model refuses such numbers
         return None
+
+
+def _computes_another(
+    small: nn.Module, name: str, changes: list[Change], inputs: Inputs | None
+) -> bool:
+    """Whether the outputs differ with the model that is built, with the same weights, in place."""
+    if inputs is None:
+        return False
+    whole = with_own_buffers(small).eval()
+    expected = run(whole, inputs)
+    part = whole.get_submodule(name)
+    try:
+        built = _model_from(part, changes).eval()
+        for place, tensor in tensors_by_name(part).items():
+            _put(built, place, tensor)
+        if name:
+            _put(whole, name, built)
+        return not difference_of(expected, run(whole if name else built, inputs)).is_rounding
+    except PruningError:  # an output of another shape
+        return True
+    except Exception:  # it holds tensors on the meta device that are no parameters or buffers
+        return False
+
+
+def _put(model: nn.Module, name: str, value: Any) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value)
 
 
 def _derived_head_dim(part: Any) -> list[Change]:
@@ -241,7 +278,7 @@ def _tries(
     tries = {}
     for path, value in _fields(part.config):
         for new in _proposals(value, target.changes(), only_equal):
-            built = _built(part, part.config, [*written, (path, new)])
+            built = _built(part, [*written, (path, new)])
             touched = {} if built is None else target.touched_by(built)
             sizes_touched = {place for place in touched if place in sizes}
             if touched.keys() & open_places and sizes_touched <= open_places:
@@ -333,15 +370,20 @@ def _change(config: Any, path: Path, value: Any) -> None:
     setattr(config, str(name), value)
 
 
-def _change_all(part: Any, changes: list[Change]) -> None:
-    """Also in the copies of the config that its modules may hold, as encoders and decoders do."""
+def _change_configs(part: Any, changes: list[Change]) -> None:
+    """Also the copies of its config that a model's modules may hold, as encoders and decoders."""
+    copies: dict[int, Any] = {}  # those that modules share stay shared
+    for module in part.modules():
+        if hasattr(vars(module).get("config"), "to_dict"):
+            module.config = copy.deepcopy(module.config, copies)
     before = part.config.to_dict()
-    configs = [vars(module).get("config") for module in part.modules()]
+    others = {id(c): c for m in part.modules() if (c := vars(m).get("config")) is not part.config}
     for path, value in changes:
         _change(part.config, path, value)
-        for config in {id(c): c for c in configs if isinstance(c, type(part.config))}.values():
-            if config is not part.config and config.to_dict().get(path[0]) == before.get(path[0]):
-                _change(config, path, value)
+        for other in others.values():
+            alike = isinstance(other, type(part.config))
+            if alike and other.to_dict().get(path[0]) == before.get(path[0]):
+                _change(other, path, value)
 
 
 def _why_none(part: Any, target: Target) -> str:
@@ -349,13 +391,13 @@ def _why_none(part: Any, target: Target) -> str:
     base, small = target.base.dims(), target.small.dims()
     for path, value in _fields(part.config):
         for new in _proposals(value, target.changes(), only_equal=value is not None):
-            built = _built(part, part.config, [(path, new)])
+            built = _built(part, [(path, new)])
             if built is not None and built.shapes.keys() == target.small.shapes.keys():
                 dims = built.dims()
                 moved = [p for p in small if dims.get(p) == new != base.get(p)]
                 found = {small[place] for place in moved}
-                if len(found) > 1:
-                    cut_to = [small[place] for place in moved if small[place] != base.get(place)]
+                cut_to = [small[place] for place in moved if small[place] != base.get(place)]
+                if len(found) > 1 and cut_to:
                     return (
                         f"config.{'.'.join(map(str, path))} is one number for sizes that are "
                         f"{sorted(found)} now: prune all of them to one, such as {max(cut_to)}"

@@ -1,6 +1,5 @@
 """The record of what goes from a network: made and applied."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.copies import PruningError, tensors_by_name
+from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.width import Widths, check_multiple_of, layer_ks, rounded_up
@@ -87,8 +86,10 @@ class PrunePlan:
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
-        are still in place, with no k set. It is compared with the model with k set on the
-        example inputs and on random ones, also in another batch size where the model takes it.
+        are still in place, with no k set. A model of Hugging Face gets a config that builds the
+        pruned one; where there is none, `save_pretrained` says why. The copy is compared with the
+        model with k set on the example inputs and on random ones, and at other sizes where the
+        model takes them.
 
         Args:
             model: the one that the plan was made for, perhaps trained further.
@@ -102,14 +103,21 @@ class PrunePlan:
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
-        fit_configs(small, model)
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64
         compared = verify(
-            model, small, self._cut_copy, self.k, self.example_inputs, dtype, self.output_cuts
+            model,
+            small,
+            self._cut_copy,
+            self.k,
+            self.example_inputs,
+            self.reading.flow.paths.other_inputs(),
+            dtype=dtype,
+            output_cuts=self.output_cuts,
         )
         self.verifications.append(compared)
+        fit_configs(small, model, self.example_inputs)
         return small
 
     def at(
@@ -216,8 +224,7 @@ class PrunePlan:
         tensors = tensors_by_name(model)
         check_model_fits(self.cuts, tensors)
         # Those that are cut are shared with the copy, until the cut replaces them in it.
-        shared = {id(tensors[cut.name]): tensors[cut.name] for cut in self.cuts}
-        small = copy.deepcopy(model, shared)
+        small = copy_that_shares(model, [tensors[cut.name] for cut in self.cuts])
         operate(small, self.cuts, self.folds, self.fits, self.rescales)
         return small
 

@@ -1,8 +1,8 @@
 """Comparing a network with what was made of it."""
 
-import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..models.copies import PruningError, with_own_buffers, without_cache
+from ..graph.exports import first_line
+from ..models.copies import PruningError, copy_that_shares, with_own_buffers, without_cache
 from ..models.hooks import hooked
-from ..models.inputs import Inputs, call, of_twice_the_batch, random_like
+from ..models.inputs import Inputs, call, of_twice_the_batch, random_like, tensors_of
 from ..models.width import at_width
 from .outputs import OutputCut, what_stays
 from .precision import precisely
@@ -54,10 +55,15 @@ def verify(
     cut: Callable[[nn.Module], nn.Module],
     k: dict[str, int],
     example_inputs: Inputs,
+    others: Sequence[tuple[str, Inputs]] = (),
+    *,
     dtype: torch.dtype | None,
     output_cuts: Sequence[OutputCut] = (),
 ) -> Verification:
-    """Compare the model at `k` with `small` on the example inputs, on random ones, on more samples.
+    """Compare the model at `k` with `small` on the example inputs, on random ones, and on others.
+
+    On the example inputs the outputs of the modules inside are compared too, as far as they have
+    kept their shapes: of a network that returns the largest of its outputs, also these.
 
     Args:
         model: the large network; it is not run itself, nor is `small`.
@@ -65,6 +71,7 @@ def verify(
         cut: makes a small network of a copy in another dtype.
         k: by layer name.
         example_inputs: what the networks are called with.
+        others: more inputs, with what they are. Those that the model does not take are skipped.
         dtype: what to compare in, where the model runs in it. None: its own.
         output_cuts: what goes from the outputs, and must be zero in those of the large network.
 
@@ -75,42 +82,45 @@ def verify(
     skipped = []
     precision: AbstractContextManager[object] = nullcontext()
     large, small = with_own_buffers(model).eval(), with_own_buffers(small).eval()
-    examples = [example_inputs, tree_map(random_like, example_inputs)]
     if dtype is not None:
         try:
-            precise = without_cache(copy.deepcopy(model).eval().to(dtype))
-            converted = [to_dtype(inputs, dtype) for inputs in examples]
-            precision = precisely(dtype, lambda: [run(precise, inputs) for inputs in converted])
-            large, small, examples = precise, cut(precise).eval(), converted
+            precise = without_cache(copy_that_shares(model, ()).eval().to(dtype))
+            converted = to_dtype(example_inputs, dtype)
+            precision = precisely(dtype, lambda: run(precise, converted))
+            large, small = precise, cut(precise).eval()
         except PruningError:
             raise
         except Exception as error:  # the model insists on its own dtype
-            skipped.append(f"in {str(dtype).removeprefix('torch.')}: {_first_line(error)}")
+            skipped.append(f"in {str(dtype).removeprefix('torch.')}: {first_line(error)}")
             dtype = None
     comparisons = []
+    named = [("the example inputs", example_inputs), *_of_other_values(example_inputs), *others]
     with precision, at_width(large, k):
-        for name, inputs in zip(("the example inputs", "random inputs"), examples, strict=True):
-            expected = what_stays(run(large, inputs), output_cuts)
-            comparisons.append(compare(name, k, large, small, inputs, expected))
-        name, doubled = "twice as many samples", of_twice_the_batch(examples[1])
-        try:
-            expected = run(large, doubled)
-        except Exception as error:  # the model takes batches of one size
-            skipped.append(f"on {name}: {_first_line(error)}")
-        else:
-            expected = what_stays(expected, output_cuts)
-            comparisons.append(compare(name, k, large, small, doubled, expected))
+        for name, inputs in named:
+            inputs = inputs if dtype is None else to_dtype(inputs, dtype)
+            try:
+                run(large, inputs)
+            except Exception as error:
+                skipped.append(f"on {name}: {first_line(error)}")
+            else:
+                found = _compared(large, small, inputs, k, output_cuts, dtype is torch.float64)
+                comparisons.append(Comparison(name, _sizes(inputs), found.relative))
     return Verification(dtype, tuple(comparisons), tuple(skipped))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _of_other_values(example_inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+    random = tree_map(random_like, example_inputs)
+    yield "random inputs", random
+    yield "twice as many samples", of_twice_the_batch(random)
 
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Neither the inputs nor torch's random numbers are changed by it."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-    return call(model, copied)
+    with torch.random.fork_rng(devices=list(devices)):
+        return call(model, copied)
 
 
 def run_pruned(model: nn.Module, inputs: Inputs) -> Any:
@@ -132,21 +142,34 @@ def to_dtype(inputs: Inputs, dtype: torch.dtype) -> Any:
     return tree_map(converted, inputs)
 
 
-def compare(
-    name: str, k: dict[str, int], large: nn.Module, small: nn.Module, inputs: Inputs, expected: Any
-) -> Comparison:
-    found = difference_of(expected, run_pruned(small, inputs))
-    if found.is_rounding:
-        leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-        return Comparison(name, tuple(tuple(x.shape) for x in leaves), found.relative)
-    message = (
-        f"the pruned network must compute what the model computes with k={k}, but differs by up "
-        f"to {found.largest:.3g} where the outputs are up to {found.scale:.3g}"
-    )
-    module = _first_that_differs(large, small, inputs)
+def _compared(
+    large: nn.Module,
+    small: nn.Module,
+    inputs: Inputs,
+    k: dict[str, int],
+    output_cuts: Sequence[OutputCut],
+    inside: bool,
+) -> "Difference":
+    """The difference of their outputs; `inside`: what modules return inside must agree, too."""
+    with _outputs_of_modules(large) as seen:
+        expected = what_stays(run(large, inputs), output_cuts)
+    with _outputs_of_modules(small) as seen_in_small:
+        found = difference_of(expected, run_pruned(small, inputs))
+    module = None
+    if inside or not found.is_rounding:
+        module = _first_that_differs(seen, seen_in_small)
+    if found.is_rounding and module is None:
+        return found
+    message = f"the pruned network must compute what the model computes with k={k}, but differs"
+    if not found.is_rounding:
+        message += f" by up to {found.largest:.3g} where the outputs are up to {found.scale:.3g}"
     if module is not None:
         message += f", first in the output of module {module!r}"
     raise PruningError(f"{message}. (If the weights have changed since plan_pruning, plan again.)")
+
+
+def _sizes(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors_of(inputs))
 
 
 @dataclass(frozen=True)
@@ -163,44 +186,67 @@ class Difference:
 
 
 def difference_of(expected: Any, actual: Any) -> Difference:
+    """Raises PruningError where they differ in more than numbers."""
     worst = Difference()
-    for one, other in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
-        if not isinstance(one, Tensor) or one.numel() == 0:
+    for one, other in zip(_leaves(expected), _leaves(actual), strict=True):
+        if not isinstance(one, Tensor):
+            if isinstance(one, int | float | str) and one != other:
+                raise PruningError(
+                    f"the pruned network returns {other!r} where the model returns {one!r}"
+                )
             continue
         if one.shape != other.shape:
             raise PruningError(
                 f"an output of the pruned network has shape {tuple(other.shape)} instead of "
                 f"{tuple(one.shape)}"
             )
-        same = (one == other) | (one.isnan() & other.isnan())
-        if one.dtype is torch.bool:
-            one, other = one.int(), other.int()
-        largest = torch.where(same, 0, (one - other).abs()).max().item()
-        scale = one.nan_to_num(posinf=0, neginf=0).abs().max().item()
-        precision = one.dtype.to_real() if one.is_complex() else one.dtype
-        is_rounding = largest <= TOLERANCE.get(precision, 0) * max(scale, 1e-30)
-        found = Difference(largest, scale, is_rounding)
-        if not is_rounding:
+        found = _difference(one, other)
+        if not found.is_rounding:
             return found
         worst = max(worst, found, key=lambda difference: difference.relative)
     return worst
 
 
-def _first_that_differs(large: nn.Module, small: nn.Module, inputs: Inputs) -> str | None:
+def _leaves(value: Any) -> list[Any]:
+    """All that a network returns, in a row; dataclasses field by field."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return [leaf for part in value for leaf in _leaves(part)]
+    found = []
+    for leaf in tree_leaves(value):
+        found += _leaves(leaf) if dataclasses.is_dataclass(leaf) else [leaf]
+    return found
+
+
+def _difference(one: Tensor, other: Tensor) -> Difference:
+    if one.numel() == 0:
+        return Difference()
+    same = (one == other) | (one.isnan() & other.isnan())
+    if one.dtype is torch.bool:
+        one, other = one.int(), other.int()
+    largest = torch.where(same, 0, (one - other).abs()).max().item()
+    scale = one.nan_to_num(posinf=0, neginf=0).abs().max().item()
+    precision = one.dtype.to_real() if one.is_complex() else one.dtype
+    return Difference(largest, scale, largest <= TOLERANCE.get(precision, 0) * max(scale, 1e-30))
+
+
+@contextmanager
+def _outputs_of_modules(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """What the modules return inside, by name."""
+    seen: list[tuple[str, Any]] = []
+    hooks = {
+        module: lambda module, args, output, name=name: seen.append((name, output))
+        for name, module in model.named_modules()
+        if name
+    }
+    with hooked(hooks):
+        yield seen
+
+
+def _first_that_differs(seen: list[tuple[str, Any]], others: list[tuple[str, Any]]) -> str | None:
     """The first module to return whose output has kept its shape, but not its values."""
-    outputs: list[list[tuple[str, Tensor]]] = []
-    for model in (large, small):
-        seen: list[tuple[str, Tensor]] = []
-        hooks = {
-            module: lambda module, args, output, name=name, seen=seen: seen.append((name, output))
-            for name, module in model.named_modules()
-            if name
-        }
-        with hooked(hooks):
-            run(model, inputs)
-        outputs.append(seen)
-    for (name, one), (_, other) in zip(*outputs, strict=False):
+    for (name, one), (_, other) in zip(seen, others, strict=False):
         comparable = isinstance(one, Tensor) and isinstance(other, Tensor)
-        if comparable and one.shape == other.shape and not difference_of(one, other).is_rounding:
-            return str(name)
+        if comparable and one.shape == other.shape and not _difference(one, other).is_rounding:
+            return name
     return None

@@ -53,7 +53,7 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: built as the model that was pruned; its weights don't matter. It keeps its device
-            and dtype.
+            and dtype. A config that it was built from is left as it is: the model gets another.
         path: a file by `save_pruned`.
 
     Returns:

@@ -140,7 +140,11 @@ def test_a_users_hook_on_a_layer_stays():
 # ------------------------------------------------------------------------------------------ TailMLP
 
 
-@pytest.mark.parametrize("activation", [nn.GELU, nn.PReLU, functional.silu, torch.tanh], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [nn.GELU, nn.PReLU, functional.silu, torch.tanh],
+    ids=["GELU", "PReLU", "silu", "tanh"],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_tail_mlp_becomes_a_sequential_with_its_keys(activation, bias):
     mlp = TailMLP(5, 8, 4, activation=activation, bias=bias)
