@@ -308,21 +308,29 @@ def test_images(behind):
     assert assert_exact(model, smallest, images()) is not None
 
 
-def test_a_shared_bias_takes_in_nothing():
-    """Another module reads it too, so a constant has no place to go."""
-    model = with_parts(lambda s, x: s.b(s.h(x).cos()) + s.c(s.a(x)), c=nn.Linear(12, 2))
-    model.c.bias = model.b.bias
-    assert assert_exact(model, (torch.randn(3, 3),), vectors()) is not None
-
-
-def test_a_shared_weight_without_bias_takes_in_nothing():
+@pytest.mark.parametrize("bias", [True, False])
+def test_tied_modules_that_read_the_same_constants(bias):
+    """A constant that one of them took in would be missing in the other, or be there twice."""
     model = with_parts(
-        lambda s, x: s.b(s.h(x).cos()) + s.c(s.a(x)),
-        b=nn.Linear(12, 2, bias=False),
-        c=nn.Linear(12, 2, bias=False),
+        lambda s, x: s.b(s.h(x).cos()) - 2 * s.c(s.h(2 * x).cos()),
+        b=nn.Linear(12, 2, bias=bias),
+        c=nn.Linear(12, 2, bias=bias),
     )
-    model.c.weight = model.b.weight
+    model.c.weight, model.c.bias = model.b.weight, model.b.bias
     assert assert_exact(model, (torch.randn(3, 3),), vectors()) is not None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_zeros_in_a_grouped_convolution(bias):
+    """Its bias is left of them, at the border too."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1),
+        TailDropout(dropout_dim=1),
+        nn.Conv2d(12, 12, 3, padding=1, groups=6, bias=bias),
+        nn.Conv2d(12, 4, 1),
+    )
+    small = assert_exact(model, (torch.randn(2, 3, 1, 1),), images(), 6)
+    assert small[3].weight.shape[1] == 6
 
 
 def test_what_is_random_is_not_cut():
