@@ -306,7 +306,6 @@ MUTATIONS = [
         )
         for name, new in (
             ("padding", "not ceil_mode and divisor is None"),
-            ("ceil_mode", "plain and divisor is None"),
             ("divisor", "plain and not ceil_mode"),
         )
     ),
@@ -315,14 +314,7 @@ MUTATIONS = [
         RULES,
         "known.mask & of_bias.mask, of_bias.value.masked_fill(~known.mask, 0))",
         "known.mask, torch.zeros_like(of_bias.value))",
-        "grouped",
-    ),
-    Mutation(
-        "only zeros go through a grouped convolution",
-        RULES,
-        "known = zeros_from_any(0)(operation, dim, facts)\n",
-        "known = from_related(operation, dim, facts)\n",
-        "grouped",
+        "zeros_in_a_grouped",
     ),
     Mutation(
         "layer_norm adds one number",
@@ -393,14 +385,14 @@ MUTATIONS = [
         FEATURES,
         "return names[0] if len(names) == 1 else None",
         "return names[0]",
-        "shared_bias",
+        "tied_modules",
     ),
     Mutation(
         "a weight of two modules gets no bias",
         FEATURES,
         '.rpartition(".") if len(names) == 1 else ("", "", "")',
         '.rpartition(".")',
-        "shared_weight",
+        "tied_modules",
     ),
     Mutation(
         "a weight that is computed of the input has no contribution",

@@ -501,29 +501,6 @@ def draw_network(seed: int) -> Network:
         return _Writer(seed).write()
 
 
-def with_one_consumer(network: Network) -> tuple[Network, str] | None:
-    """A network in which a Linear or Conv, `consumer`, alone reads a layer; and the layer's name.
-
-    None where the layer does not lie along features.
-    """
-    tail = next(s for s in network.statements if "self.taildropout" in s.expression)
-    layer = tail.expression.removeprefix("self.").partition("(")[0]
-    rank = len(tail.roles)
-    dim = range(rank)[tail_dropouts(network.build())[layer].dropout_dim]
-    if tail.roles[dim] != "F" or dim not in (1, rank - 1):
-        return None
-    past = tail.reads[0]
-    others = tuple(
-        replace(s, reads=tuple(past if name == tail.target else name for name in s.reads))
-        for s in network.statements
-    )
-    n = network.widths()[layer]
-    maker = f"nn.Linear({n}, 3)" if dim == rank - 1 else f"nn.Conv{rank - 2}d({n}, 3, 1)"
-    reader = Statement("last", "self.consumer({0})", (tail.target,), tail.roles, "")
-    made = {**network.made, "consumer": maker}
-    return replace(network, statements=(*others, reader), made=made), layer
-
-
 class _Writer:
     """Draws statements, and keeps those that run on the example."""
 

@@ -5,8 +5,7 @@ import torch
 
 from benchmarks import random_networks
 from benchmarks.attack_pruning import CUT, FAILURES, REFUSED, WRONG, attack, main, shrink, table
-from benchmarks.random_networks import Network, Statement, draw_network, with_one_consumer
-from taildropout import prune
+from benchmarks.random_networks import Network, Statement, draw_network
 from taildropout.graph import rules
 from taildropout.graph.constants import from_related
 
@@ -25,18 +24,6 @@ def test_random_networks_are_exact_at_every_size():
     cut = [outcome for outcome in outcomes if outcome.kind == CUT]
     assert len(cut) >= 0.6 * len(outcomes), table(outcomes)
     assert sum(outcome.sizes for outcome in cut) >= 8 * len(cut)
-
-
-@pytest.mark.parametrize("start", range(5000, 5120, 30))
-def test_a_consumer_at_the_layer_loses_columns_in_any_network(start):
-    """Whatever else there is, a Linear or Conv that alone reads the layer reads k features."""
-    found = list(filter(None, map(with_one_consumer, map(draw_network, range(start, start + 30)))))
-    assert len(found) > 15
-    for network, layer in found:
-        k = max(network.k[layer], 1)
-        model = network.build()
-        small = prune(model, {**network.k, layer: k}, network.example())
-        assert small.consumer.weight.shape[:2] == (3, k), network.describe()
 
 
 def test_all_that_stands_in_the_tables_is_drawn():
@@ -82,6 +69,8 @@ def constants_that_are_added_up():
 def test_a_wrong_rule_is_found_and_what_it_is_wrong_in(monkeypatch):
     network = constants_that_are_added_up()
     assert attack(network).kind not in FAILURES
+    # Pruning would see it itself.
+    monkeypatch.setattr("taildropout.pruning.plan.verify", lambda *_, **__: None)
     wrong = rules.Rule(rules._summing(1), from_related)
     monkeypatch.setitem(rules.RULES, torch.ops.aten.sum.dim_IntList, wrong)
     outcome = attack(network)

@@ -199,7 +199,7 @@ ALONG_OTHER_DIMS = {
     "layer_norm_over_time_of_constants": lambda s, x: s.b(F.layer_norm(s.h(x).mT + 1, (7,)).mT),
     "layer_norm_with_another_bias": lambda s, x: s.b(s.over_time(s.h(x).mT).mT),
     "layer_norm_over_both": lambda s, x: s.b(F.layer_norm(s.h(x).cos(), (7, 12))),
-    "rms_norm_over_time": lambda s, x: s.b(F.rms_norm(s.h(x).mT + 1, (7,)).mT),
+    "rms_norm_over_time": lambda s, x: s.b(F.rms_norm(s.h(x).mT + 2, (7,)).mT),
     "group_norm": lambda s, x: s.b(F.group_norm(s.h(x).mT, 3).mT),
     "instance_norm": lambda s, x: s.b(F.instance_norm(s.h(x).mT + 1).mT),
     "table_of_seven": lambda s, x: s.b(s.h(x) + s.seven),
@@ -308,21 +308,29 @@ def test_images(behind):
     assert assert_exact(model, smallest, images()) is not None
 
 
-def test_a_shared_bias_takes_in_nothing():
-    """Another module reads it too, so a constant has no place to go."""
-    model = with_parts(lambda s, x: s.b(s.h(x).cos()) + s.c(s.a(x)), c=nn.Linear(12, 2))
-    model.c.bias = model.b.bias
-    assert assert_exact(model, (torch.randn(3, 3),), vectors()) is not None
-
-
-def test_a_shared_weight_without_bias_takes_in_nothing():
+@pytest.mark.parametrize("bias", [True, False])
+def test_tied_modules_that_read_the_same_constants(bias):
+    """A constant that one of them took in would be missing in the other, or be there twice."""
     model = with_parts(
-        lambda s, x: s.b(s.h(x).cos()) + s.c(s.a(x)),
-        b=nn.Linear(12, 2, bias=False),
-        c=nn.Linear(12, 2, bias=False),
+        lambda s, x: s.b(s.h(x).cos()) - 2 * s.c(s.h(2 * x).cos()),
+        b=nn.Linear(12, 2, bias=bias),
+        c=nn.Linear(12, 2, bias=bias),
     )
-    model.c.weight = model.b.weight
+    model.c.weight, model.c.bias = model.b.weight, model.b.bias
     assert assert_exact(model, (torch.randn(3, 3),), vectors()) is not None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_zeros_in_a_grouped_convolution(bias):
+    """Its bias is left of them, at the border too."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1),
+        TailDropout(dropout_dim=1),
+        nn.Conv2d(12, 12, 3, padding=1, groups=6, bias=bias),
+        nn.Conv2d(12, 4, 1),
+    )
+    small = assert_exact(model, (torch.randn(2, 3, 1, 1),), images(), 6)
+    assert small[3].weight.shape[1] == 6
 
 
 def test_what_is_random_is_not_cut():

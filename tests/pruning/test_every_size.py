@@ -75,6 +75,9 @@ def cached(s, x):
 PATHS = {
     "softmax_if_it_is_long": lambda s, x: s.b(s.h(x).softmax(-1) if x.shape[1] > 8 else s.h(x)),
     "softmax_if_there_are_many": lambda s, x: s.b(s.h(x).softmax(-1) if len(x) > 4 else s.h(x)),
+    "softmax_if_there_are_many_in_dim_0": lambda s, x: s.b(
+        s.h(x).softmax(-1) if x.shape[0] > 4 else s.h(x)
+    ),
     "softmax_if_there_is_one": lambda s, x: s.b(s.h(x).softmax(-1) if len(x) == 1 else s.h(x)),
     "cosine_if_there_is_one": lambda s, x: s.b(s.h(x).cos() if len(x) == 1 else s.h(x)),
     "cosine_if_it_is_short": lambda s, x: s.b(s.h(x).cos() if x.shape[1] < 3 else s.h(x)),
