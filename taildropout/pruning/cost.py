@@ -56,7 +56,8 @@ def _counted(model: nn.Module, inputs: Inputs) -> dict[str, dict[Any, int]]:
         FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter,
     ):
         call(model.eval(), inputs)
-    return counter.get_flop_counts()
+    counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
+    return counts
 
 
 @contextmanager
