@@ -11,6 +11,7 @@ from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.width import Widths, check_multiple_of, layer_ks, rounded_up
+from .conditions import conditions_of
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
 from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay
@@ -80,6 +81,14 @@ class PrunePlan:
     outputs: bool = False
     output_cuts: list[OutputCut] = field(default_factory=list, repr=False)
     verifications: list[Verification] = field(default_factory=list, repr=False)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What the promise rests on: that the small network computes what the large one does.
+
+        It holds at every batch size, length and resolution but those that are named here.
+        """
+        return conditions_of(self.reading.flow, self.cuts)
 
     def apply(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         """A pruned copy of the model, verified; the model itself is left untouched.
@@ -164,7 +173,10 @@ class PrunePlan:
         )
 
     def summary(self) -> str:
-        """What goes, module by module, with parameters and FLOPs; what stays and why."""
+        """What goes, module by module, with parameters and FLOPs; what stays and why.
+
+        Its last lines are the conditions, and what was verified.
+        """
         lines = self._headings()
         rows = [("module", "type", "weights", "parameters", "FLOPs"), *self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -218,6 +230,7 @@ class PrunePlan:
         remarks += [
             f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
+        remarks += [f"provided that {condition}" for condition in self.conditions]
         return remarks + [line for compared in self.verifications[-1:] for line in compared.lines()]
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:
@@ -294,6 +307,7 @@ def plan_pruning(
         0       Linear  16 x 8 -> 5 x 8  144 -> 45   512 -> 160
         3       Linear  4 x 16 -> 4 x 5  68 -> 24    256 -> 80
         all                              212 -> 69   768 -> 240
+        provided that all numbers inside the network are finite: zero times an infinite one is NaN
     """
     layer_ks(model, k, lambda name: 1)  # complains before anything is read
     multiple_of = check_multiple_of(multiple_of)
