@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, fx, nn
 
@@ -15,6 +16,7 @@ from ..graph.rules import Sayings, is_known
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import tensors_by_name
 from ..models.inputs import Inputs
+from .cost import Cost, costs_by_module
 from .outputs import OutputCut, cuts_of_outputs
 
 
@@ -98,12 +100,23 @@ class Findings:
 
 
 class Reading:
-    """The dataflow of a model, read once and solved for any ks."""
+    """The dataflow of a model, read once and solved for any ks.
+
+    `whole` are values whose operations read widths as numbers, as far as that is known: what they
+    read and compute stays.
+    """
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
+        self.model, self.example_inputs = model, example_inputs
         self.flow = Dataflow(model, example_inputs, is_known)
         self.norms = Norms(self.flow, example_inputs)
+        self.whole: set[fx.Node] = set()
         self._sayings = Sayings(self.norms)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """Of every module by name, "" for the whole model."""
+        return costs_by_module(self.model, self.example_inputs)
 
     def find(
         self, k: dict[str, int], whole: Collection[fx.Node] = (), *, outputs: bool = False

@@ -16,7 +16,7 @@ from .configs import fit_configs
 from .cost import Cost, costs_by_module
 from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay
 from .outputs import OutputCut
-from .predicted import cut_as_predicted
+from .predicted import cut_as_predicted, cut_unread
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
 from .verify import Verification, verify
@@ -60,6 +60,7 @@ class PrunePlan:
         multiple_of: what it was rounded up to a multiple of.
         outputs: whether the features that the model returns are cut too.
         output_cuts: what goes from what the model returns.
+        checked: whether the small network's own dataflow was compared with the predicted one.
         verifications: what `apply` compared, in which dtype, and what it could not compare.
     """
 
@@ -80,6 +81,7 @@ class PrunePlan:
     multiple_of: int = 1
     outputs: bool = False
     output_cuts: list[OutputCut] = field(default_factory=list, repr=False)
+    checked: bool = field(default=True, repr=False)
     verifications: list[Verification] = field(default_factory=list, repr=False)
 
     @property
@@ -109,6 +111,8 @@ class PrunePlan:
             PruningError: the two differ by more than rounding, or the model is not the one that
                 the plan was made for. Nothing is returned then.
         """
+        if not self.checked:
+            return self.at(self.k).apply(model, dtype=dtype)
         small = self._cut_copy(model)
         for layer in tail_dropouts(small).values():
             layer.set_k(None)
@@ -130,12 +134,19 @@ class PrunePlan:
         return small
 
     def at(
-        self, k: Widths, *, multiple_of: int | None = None, outputs: bool | None = None
+        self,
+        k: Widths,
+        *,
+        multiple_of: int | None = None,
+        outputs: bool | None = None,
+        check: bool = True,
     ) -> "PrunePlan":
         """The plan for another k, without reading the model anew.
 
         Args and errors as in `plan_pruning`; `multiple_of` and `outputs` are those of this plan
-        where they are None.
+        where they are None. With `check=False` the small network's own dataflow is not compared
+        with the predicted one, which takes a fraction of the time: enough to know costs. `apply`
+        makes up for it.
         """
         return _plan(
             self.model,
@@ -144,6 +155,7 @@ class PrunePlan:
             self.reading,
             self.multiple_of if multiple_of is None else check_multiple_of(multiple_of),
             self.outputs if outputs is None else outputs,
+            check,
         )
 
     def sweep(self, ks: Iterable[Widths], *, repeats: int = 15) -> Sweep:
@@ -162,7 +174,7 @@ class PrunePlan:
             [30, 108, 212]
         """
         ks = list(ks)
-        plans = [self.at(k) for k in ks]
+        plans = [self.at(k, check=False) for k in ks]
         small = [plan._cut_copy(self.model).eval() for plan in plans]
         seconds = seconds_per_call(small, self.example_inputs, repeats)
         return Sweep(
@@ -312,7 +324,7 @@ def plan_pruning(
     layer_ks(model, k, lambda name: 1)  # complains before anything is read
     multiple_of = check_multiple_of(multiple_of)
     reading = Reading(model, example_inputs)
-    return _plan(model, k, example_inputs, reading, multiple_of, outputs)
+    return _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
 
 
 def _plan(
@@ -322,12 +334,13 @@ def _plan(
     reading: Reading,
     multiple_of: int,
     outputs: bool,
+    check: bool,
 ) -> PrunePlan:
     n_of = reading.flow.n_of
     asked = layer_ks(model, k, n_of)
     ks = {name: rounded_up(k, multiple_of, n_of(name)) for name, k in asked.items()}
-    found, small = cut_as_predicted(model, ks, reading, outputs=outputs)
-    costs, after = costs_by_module(model, example_inputs), costs_by_module(small, example_inputs)
+    found, small = (cut_as_predicted if check else cut_unread)(model, ks, reading, outputs)
+    costs, after = reading.costs, costs_by_module(small, example_inputs)
     return PrunePlan(
         found.k,
         found.n,
@@ -346,6 +359,7 @@ def _plan(
         multiple_of,
         outputs,
         found.output_cuts,
+        check,
     )
 
 

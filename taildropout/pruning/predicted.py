@@ -30,33 +30,45 @@ _ALL = ((), (0,), (0, sys.maxsize), (None, None), (0, None))
 MOST_WITH_SYMBOLS = 150
 
 
+def cut_unread(
+    model: nn.Module, ks: dict[str, int], reading: Reading, outputs: bool = False
+) -> tuple[Findings, nn.Module]:
+    """What goes by what is known of the model so far, and the small network."""
+    found = reading.find(ks, reading.whole, outputs=outputs)
+    small = structural_copy(model)
+    operate(small, found.cuts, found.folds, found.fits, found.rescales)
+    return found, small
+
+
 def cut_as_predicted(
-    model: nn.Module, ks: dict[str, int], reading: Reading, *, outputs: bool = False
+    model: nn.Module, ks: dict[str, int], reading: Reading, outputs: bool = False
 ) -> tuple[Findings, nn.Module]:
     """What goes, and the small network, whose dataflow is the one that was predicted.
 
     Where it is not, what its operations read stays.
+
+    Raises:
+        PruningError: the small network does not run, though nothing goes from it.
     """
-    whole: set[fx.Node] = set()
     layers = {operation.output for operation in reading.flow.calls()}
+    with_sizes = _with_sizes(reading.flow)
+    reading.whole = set()
     while True:
-        found = reading.find(ks, whole, outputs=outputs)
-        small = structural_copy(model)
-        operate(small, found.cuts, found.folds, found.fits, found.rescales)
+        found, small = cut_unread(model, ks, reading, outputs)
         try:
             differ = _unlike_predicted(reading.flow, found, small)
         except PruningError:
-            differ = layers if _with_sizes(reading.flow) <= whole else _with_sizes(reading.flow)
-            if layers <= whole:
+            if layers <= reading.whole:
                 raise
+            differ = with_sizes
         if not differ:
             return found, small
-        if layers <= whole:
+        if layers <= reading.whole:
             raise PruningError(
                 "the model must take the same steps each time that it is exported, but "
-                f"{differ} did not"
+                f"{', '.join(map(str, differ))} did not"
             )
-        whole |= layers if differ <= whole else differ
+        reading.whole |= layers if differ <= reading.whole else differ
 
 
 def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[fx.Node]:
