@@ -1,12 +1,15 @@
 """What does pruning take away, what does it cost, and what does it gain?
 
-Three tables. First: well-known architectures at usual sizes, with random weights, half
+Four tables. First: well-known architectures at usual sizes, with random weights, half
 of the features of their hidden layers pruned; "difference" is the largest between the outputs of
 the small network and of the masked one, in float32, as a fraction of the largest output. Second:
 the time and the peak memory of planning and applying, for a transformer of 100 M parameters.
-Third: the speed of a pruned MLP at k = n / 4 against the masked one.
+Third: the time of planning against that of one torch.export of the same network, in CPU seconds
+of one thread, at small and at large inputs and depths. Fourth: the speed of a pruned MLP at
+k = n / 4 against the masked one.
 
     python benchmarks/pruning.py [--quick] [--json FILE]
+    python benchmarks/pruning.py --planning
 """
 
 import copy
@@ -224,6 +227,92 @@ def middle(values: list[float]) -> float:
     return values[len(values) // 2]
 
 
+# ------------------------------------------------------------------------- planning and exporting
+
+
+def chain(depth: int) -> nn.Module:
+    layers = [(nn.Linear(8, 8), nn.ReLU(), TailDropout()) for _ in range(depth)]
+    return nn.Sequential(*(module for layer in layers for module in layer), nn.Linear(8, 8))
+
+
+class Block(nn.Module):
+    """A block of a small GPT."""
+
+    def __init__(self, features: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
+        self.up, self.down = nn.Linear(features, 4 * features), nn.Linear(4 * features, features)
+        self.tail = TailDropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.before(x)).chunk(3, -1)
+        )
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(self.tail(nn.functional.gelu(self.up(self.between(x)))))
+
+
+def gpt(blocks: int) -> nn.Module:
+    return nn.Sequential(*(Block() for _ in range(blocks)))
+
+
+def unet() -> nn.Module:
+    model = networks.UNet((16, 32, 64, 128, 256))
+    for name in [name for name, _ in model.named_modules() if fnmatchcase(name, "*.5")]:
+        td.insert(model, name, TailDropout(dropout_dim=1))
+    return model
+
+
+PLANNED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "chain of 500 layers": (lambda: chain(500), (2, 8)),
+    "chain of 1,000 layers": (lambda: chain(1000), (2, 8)),
+    "GPT of 48 blocks": (lambda: gpt(48), (2, 16, 32)),
+    "GPT of 96 blocks": (lambda: gpt(96), (2, 16, 32)),
+    "U-Net at 64 x 64": (unet, (1, 3, 64, 64)),
+    "U-Net at 512 x 512": (unet, (1, 3, 512, 512)),
+    "attention of length 128": (lambda: gpt(2), (1, 128, 32)),
+    "attention of length 8,192": (lambda: gpt(2), (1, 8192, 32)),
+}
+
+
+def planning(name: str) -> dict[str, float]:
+    """CPU seconds of one export, of a plan, and of a sweep over 16 ks on the same reading."""
+    build, shape = PLANNED[name]
+    model, x = build().eval(), torch.randn(shape)
+    torch.export.export(model, (x,), strict=False)  # the first call sets torch up
+    start = time.process_time()
+    torch.export.export(model, (x,), strict=False)
+    exported = time.process_time()
+    plan = td.plan_pruning(model, 0.5, x)
+    planned = time.process_time()
+    for step in range(1, 17):
+        plan.at(step / 16, check=False)
+    return {
+        "export": exported - start,
+        "plan": planned - exported,
+        "sweep": time.process_time() - planned,
+    }
+
+
+def print_planning(quick: bool) -> dict[str, dict[str, float]]:
+    torch.set_num_threads(1)
+    print("\n| network | one export | plan | plan / (3 exports + 2 s) | 16 other ks |")
+    print("|---|---|---|---|---|")
+    results = {}
+    for name in list(PLANNED)[-2:] if quick else PLANNED:
+        results[name] = seconds = planning(name)
+        print(
+            f"| {name} | {human(seconds['export'])} | {human(seconds['plan'])} "
+            f"| {seconds['plan'] / (3 * seconds['export'] + 2):.2f} | {human(seconds['sweep'])} |",
+            flush=True,
+        )
+    return results
+
+
 # ---------------------------------------------------------------------------------------- speed
 
 
@@ -243,19 +332,24 @@ def speed(batch: int, features: int, n: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--cost", action="store_true", help="the second table's one run only")
+    arguments.add_argument("--planning", action="store_true", help="the third table only")
     args = arguments.parse_args()
     if args.cost:
         measure_cost()
+        return
+    if args.planning:
+        print(machine())
+        print_planning(args.quick)
         return
     torch.set_num_threads(min(2, torch.get_num_threads()))
     rounds = 3 if args.quick else 15
     print(machine())
     print("\n| network | layers | k | parameters | FLOPs | difference | what stays |")
     print("|---|---|---|---|---|---|---|")
-    networks = []
+    results = []
     for case in QUICK if args.quick else ALL:
-        networks.append(measure(case))
-        print_row(networks[-1])
+        results.append(measure(case))
+        print_row(results[-1])
 
     costs = cost(1 if args.quick else 3)
     size = middle(costs["model_bytes"])
@@ -267,6 +361,10 @@ def main() -> None:
         f"| {middle(costs['plan_bytes']) / size:.1f} times its weights "
         f"| {middle(costs['both_bytes']) / size:.1f} times |"
     )
+
+    threads = torch.get_num_threads()
+    plans = print_planning(args.quick)
+    torch.set_num_threads(threads)
 
     print(
         "\n| batch, features → hidden → features | whole | masked | pruned to a quarter | faster |"
@@ -283,7 +381,7 @@ def main() -> None:
             + f" | {times['masked'].median / times['pruned'].median:.2f} times |",
             flush=True,
         )
-    write_json(args.json, {"networks": networks, "cost": costs, "speed": speeds})
+    write_json(args.json, {"networks": results, "cost": costs, "planning": plans, "speed": speeds})
 
 
 if __name__ == "__main__":

@@ -92,13 +92,12 @@ def sizes_of_linears(model: nn.Module) -> dict[str, int]:
 def mend_written_sizes(model: nn.Module, before: dict[str, int]) -> None:
     """Numbers of heads and widths that modules hold as attributes, beside their Linear layers."""
     after = sizes_of_linears(model)
-    owner: Any
-    for owner_name, owner in model.named_modules():
-        linears = {
-            name.rpartition(".")[2]: (before[name], after[name])
-            for name in before
-            if name.rpartition(".")[0] == owner_name
-        }
+    by_owner: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, size in before.items():
+        owner_name, _, attribute = name.rpartition(".")
+        by_owner.setdefault(owner_name, {})[attribute] = (size, after[name])
+    for owner_name, linears in by_owner.items():
+        owner: Any = model.get_submodule(owner_name)
         for attributes, pattern in ((_HEADS, _QUERIES), (_KEY_HEADS, _KEYS)):
             sizes = [size for name, size in linears.items() if pattern.search(name)]
             for attribute in attributes:

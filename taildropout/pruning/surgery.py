@@ -30,22 +30,24 @@ def operate(
     Every tensor that changes is a new one, so a model that shares tensors with another leaves
     the other as it is.
     """
-    before, shapes = sizes_of_linears(model), _shapes(model)
+    before, tensors = sizes_of_linears(model), _Tensors(model)
+    shapes = {name: tensor.shape for name, tensor in tensors.by_name.items()}
     with torch.no_grad():
         for fold in folds:  # before its rows are cut
-            _fold(model, fold)
-        _rescale(model, rescales)
+            _fold(tensors, fold)
+        _rescale(tensors, rescales)
         new: dict[tuple[int, int], Any] = {}  # a tied tensor stays tied
         for cut in cuts:
-            tensor = tensors_by_name(model)[cut.name]
+            tensor = tensors.by_name[cut.name]
             key = (id(tensor), cut.dim)
             if key not in new:
                 keep = torch.tensor(cut.keep, dtype=torch.int64, device=tensor.device)
                 value = tensor.index_select(cut.dim, keep)
                 new[key] = (_like(value, tensor), tensor)  # which must outlive its id
-            _set(model, cut.name, new[key][0])
+            tensors.set(cut.name, new[key][0])
+    layers = tail_dropouts(model)
     for fit in fits:
-        layer = tail_dropouts(model)[fit.layer]
+        layer = layers[fit.layer]
         owner, _, attribute = fit.layer.rpartition(".")
         fitted = FittedTailDropout.fit(layer, fit.width, fit.size, fit.arrives, fit.behind)
         setattr(model.get_submodule(owner), attribute, fitted)
@@ -55,37 +57,44 @@ def operate(
     mend_written_sizes(model, before)
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors_by_name(model).items()}
+class _Tensors:
+    """The parameters and buffers of a model, by name, that new ones take the place of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.by_name = tensors_by_name(model)
+
+    def set(self, name: str, value: Tensor) -> None:
+        module, _, attribute = name.rpartition(".")
+        setattr(self.model.get_submodule(module), attribute, value)
+        self.by_name[name] = value
 
 
-def _fold(model: nn.Module, fold: Fold) -> None:
-    tensors = tensors_by_name(model)
-    bias = tensors.get(fold.name)
+def _fold(tensors: _Tensors, fold: Fold) -> None:
+    bias = tensors.by_name.get(fold.name)
     if bias is None:
-        weight = tensors[fold.name.removesuffix("bias") + "weight"]
-        _set(model, fold.name, _like(fold.constant.to(weight.device, weight.dtype), weight))
+        weight = tensors.by_name[fold.name.removesuffix("bias") + "weight"]
+        tensors.set(fold.name, _like(fold.constant.to(weight.device, weight.dtype), weight))
     else:
         total = bias.double() + fold.constant.to(bias.device)
-        _set(model, fold.name, _like(total.to(bias.dtype), bias))
+        tensors.set(fold.name, _like(total.to(bias.dtype), bias))
 
 
-def _rescale(model: nn.Module, rescales: Sequence[Rescale]) -> None:
+def _rescale(tensors: _Tensors, rescales: Sequence[Rescale]) -> None:
     """Once for each weight and each eps, however many norms share it."""
-    tensors = tensors_by_name(model)
     of_weights = {rescale.weights: rescale for rescale in rescales}
     of_eps = {(rescale.module, rescale.eps): rescale for rescale in rescales}
-    dtypes = {rescale.module: tensors[rescale.weights[0]].dtype for rescale in rescales}
+    dtypes = {rescale.module: tensors.by_name[rescale.weights[0]].dtype for rescale in rescales}
     for names, rescale in of_weights.items():
-        weight = tensors[names[0]]
+        weight = tensors.by_name[names[0]]
         factor = sqrt(rescale.before / rescale.after)
         total = (weight.double() + rescale.plus) * factor - rescale.plus
         new = _like(total.to(weight.dtype), weight)  # a tied one stays tied
         for name in names:
-            _set(model, name, new)
+            tensors.set(name, new)
     for (name, attribute), rescale in of_eps.items():
         if attribute is not None:
-            module: Any = model.get_submodule(name)
+            module: Any = tensors.model.get_submodule(name)
             eps = getattr(module, attribute)
             eps = torch.finfo(dtypes[name]).eps if eps is None else eps  # as torch has it
             setattr(module, attribute, eps * rescale.before / rescale.after)
@@ -97,8 +106,3 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value
-
-
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, value)
