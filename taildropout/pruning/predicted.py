@@ -109,7 +109,7 @@ def _export(traced: nn.Module, path: Export, symbols: list[set[int]]) -> Export:
 
 
 def _first_difference(flow: Dataflow, path: Export, own: Export, found: Findings) -> fx.Node | None:
-    node = _Comparison(flow, path, own, found).first_difference()
+    node = _SideBySide(flow, path, own, found).first_difference()
     return path.nodes[-1] if node is None and not _compares_like(path, own) else node
 
 
@@ -145,7 +145,7 @@ def _compares_like(path: Export, own: Export) -> bool:
     return own_relations <= relations
 
 
-class _Comparison:
+class _SideBySide:
     """Two exports, operation by operation."""
 
     def __init__(self, flow: Dataflow, large: Export, small: Export, found: Findings) -> None:
