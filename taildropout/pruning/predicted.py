@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ..graph.dataflow import Dataflow
-from ..graph.exports import LAYER, Export, export, first_line, traceable
+from ..graph.exports import LAYER, Export, export, first_line, is_tensor, traceable
 from ..graph.rules import RULES, is_known
 from ..models.copies import PruningError, structural_copy
 from .cuts import Findings, Reading
@@ -115,7 +115,8 @@ def _first_difference(flow: Dataflow, path: Export, own: Export, found: Findings
 
 def _with_sizes(flow: Dataflow) -> set[fx.Node]:
     """What operations compute among whose arguments sizes stand."""
-    return {node for path in flow.paths.exports for node in path.nodes if _has_sizes(node)}
+    nodes = {node for path in flow.paths.exports for node in path.nodes if _has_sizes(node)}
+    return _with_results(nodes)
 
 
 def _has_sizes(node: fx.Node) -> bool:
@@ -124,15 +125,20 @@ def _has_sizes(node: fx.Node) -> bool:
 
 
 def _of_the_same_line(path: Export, node: fx.Node) -> set[fx.Node]:
-    """Other blocks of the same class do the same."""
+    """What the operation computes, and what it computes in other blocks of the same class."""
     line = node.meta.get("stack_trace")
-    if line is None:
-        return {node}
-    return {
+    alike = {
         other
         for other in path.nodes
-        if other.target == node.target and other.meta.get("stack_trace") == line
+        if other is node
+        or (line and other.target == node.target and other.meta.get("stack_trace") == line)
     }
+    return _with_results(alike)
+
+
+def _with_results(nodes: set[fx.Node]) -> set[fx.Node]:
+    """Of an operation with several results, these too."""
+    return nodes | {user for node in nodes if not is_tensor(node) for user in node.users}
 
 
 def _compares_like(path: Export, own: Export) -> bool:

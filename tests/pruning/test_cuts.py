@@ -412,17 +412,7 @@ def test_an_embedding_loses_columns():
 # ---------------------------------------------------------------------------------------- refusals
 
 
-def of_four(h):
-    if h.shape[-1] != 4:
-        raise ValueError("must have 4 features")
-    return h
-
-
 FORWARDS_REFUSED = {
-    "a size that is compared": (
-        lambda m, x: m.consumer(m.tail(of_four(m.producer(x)))),
-        "the pruned network does not run: must have 4 features. Its forward may spell out a size",
-    ),
     "data-dependent control flow": (
         lambda m, x: m.consumer(m.tail(m.producer(x))) if x.sum() > 0 else x,
         "must be exportable by torch.export, .* exporting it failed: .*data-dependent",
