@@ -340,7 +340,12 @@ def _plan(
     asked = layer_ks(model, k, n_of)
     ks = {name: rounded_up(k, multiple_of, n_of(name)) for name, k in asked.items()}
     found, small = (cut_as_predicted if check else cut_unread)(model, ks, reading, outputs)
-    costs, after = reading.costs, costs_by_module(small, example_inputs)
+    try:
+        after = costs_by_module(small, example_inputs)
+    except Exception:
+        if check:
+            raise
+        return _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
     return PrunePlan(
         found.k,
         found.n,
@@ -349,8 +354,8 @@ def _plan(
         found.rescales,
         found.fits,
         found.stays,
-        _changes(model, small, found.cuts, costs, after),
-        costs[""],
+        _changes(model, small, found.cuts, reading.costs, after),
+        reading.costs[""],
         after[""],
         model,
         example_inputs,

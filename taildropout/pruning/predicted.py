@@ -60,7 +60,7 @@ def cut_as_predicted(
         except PruningError:
             if layers <= reading.whole:
                 raise
-            differ = with_sizes
+            differ = with_sizes - reading.whole or layers
         if not differ:
             return found, small
         if layers <= reading.whole:
