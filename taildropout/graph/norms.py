@@ -10,6 +10,7 @@ all that the root divides is multiplied by. Where there is no such weight, the m
 Linears behind do as well. LayerNorm subtracts a mean, which zeros take part in.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,7 +166,8 @@ class Norms:
         seen = _uses(self.flow.model, self.example_inputs, list(candidates))
         holders: dict[Operation, Holder] = {}
         for holder, norms in candidates.items():
-            if seen.get(holder) == len(norms):
+            on_each_path = Counter(norm.operation.output.graph for norm in norms)
+            if set(on_each_path.values()) == {seen.get(holder)}:
                 holders |= {norm.operation: holder for norm in norms}
         return holders
 
