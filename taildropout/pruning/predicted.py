@@ -179,8 +179,7 @@ class _SideBySide:
     def _alike(self, node: fx.Node, own: fx.Node) -> bool:
         if node.target != own.target:
             return False
-        pairs = zip_longest(_arguments(node), _arguments(own))
-        return all(self._same(node, arg, own_arg) for arg, own_arg in pairs) and (
+        return all(self._same(node, arg, own_arg) for arg, own_arg in _pairs(node, own)) and (
             node.op == "output" or self._has_predicted_shape(node, own)
         )
 
@@ -250,14 +249,36 @@ def _unsliced(node: fx.Node) -> fx.Node:
     return node
 
 
-def _arguments(node: fx.Node) -> list[Any]:
-    """But the number of groups of a convolution, which the shapes of its input and weight tell."""
+def _pairs(node: fx.Node, own: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """What their arguments hold, one by one."""
+    for held, own_held in zip_longest(_arguments(node), _arguments(own)):
+        yield from zip_longest(held or [], own_held or [])
+
+
+def _arguments(node: fx.Node) -> list[list[Any]]:
+    """What each argument holds; torch leaves out those that have their default.
+
+    But the number of groups of a convolution, which the shapes of its input and weight tell.
+    """
     schema = getattr(node.target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
-    args = [
-        arg for arg, name in zip_longest(node.args, names[: len(node.args)]) if name != "groups"
+    if schema is None:
+        return [_held(argument) for argument in (*node.args, node.kwargs)]
+    return [
+        _held(
+            node.args[i]
+            if i < len(node.args)
+            else node.kwargs.get(argument.name, argument.default_value)
+        )
+        for i, argument in enumerate(schema.arguments)
+        if argument.name != "groups"
     ]
-    return tree_leaves((args, node.kwargs), is_leaf=lambda value: value is None)
+
+
+def _held(argument: Any) -> list[Any]:
+    """One number stands for several of the same."""
+    values = tree_leaves(argument, is_leaf=lambda value: value is None)
+    alike = len(values) > 1 and all(isinstance(v, int) and v == values[0] for v in values)
+    return values[:1] if alike else values
 
 
 def _number(argument: Any) -> Any:
