@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..models.copies import PruningError
 from ..models.fakes import on_fakes
@@ -49,13 +50,15 @@ class Paths:
 class _Turn:
     """Sizes at which the model may take another path.
 
-    `alone`: a path of these sizes and no others. `instead` are tried where the model does not run.
+    `alone`: a path of these sizes and no others. `far`: only if other functions are called there.
+    `instead` are tried where the model does not run.
     """
 
     words: str
     inputs: Inputs
     alone: bool = False
     instead: "tuple[_Turn, ...]" = ()
+    far: bool = False
 
 
 def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
@@ -71,8 +74,11 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
         turn = waiting.pop(0)
         if any(known.covers(turn.inputs) for known in exports):
             continue
-        if not _runs(traced, turn.inputs):
+        called = _functions_called(traced, turn.inputs)
+        if called is None:
             waiting += turn.instead
+            continue
+        if turn.far and called <= (_functions_called(traced, example_inputs) or called):
             continue
         if len(exports) == MOST_PATHS:
             unread.append(f"{turn.words}, on more than {MOST_PATHS} paths")
@@ -128,14 +134,25 @@ def _symbols_of(size: Size) -> set[Any]:
     return set() if isinstance(size, int) else size.free_symbols
 
 
-def _runs(traced: nn.Module, inputs: Inputs) -> bool:
-    """Whether the model takes inputs of such sizes. No number is computed."""
+def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
+    """The names of torch's functions; None where the model does not take inputs of such sizes."""
+    names = _Names()
     try:
-        with on_fakes(traced, inputs) as (fake, fake_inputs):
+        with on_fakes(traced, inputs) as (fake, fake_inputs), names:
             call(fake, fake_inputs)
     except Exception:  # whatever it raises: it does not
-        return False
-    return True
+        return None
+    return names.seen
+
+
+class _Names(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(getattr(func, "__name__", func)))
+        return func(*args, **(kwargs or {}))
 
 
 def _turns(export: Export) -> Iterator[_Turn]:
@@ -183,10 +200,10 @@ def _candidates(relation: sympy.Basic, own: int) -> list[int]:
 
 
 def _neighbours(export: Export) -> Iterator[_Turn]:
-    """The neighbours of sizes that the model's code uses as numbers."""
+    """The neighbours of sizes that the model's code uses as numbers, and one further away."""
     tensors = tensors_of(as_arguments(export.inputs))
     for dim, size in export.numbers:
-        for other in (size - 1, size + 1):
+        for other in (size - 1, size + 1, 4 * size + 1):
             shapes = [
                 [
                     other if (d, actual) == (dim, size) else actual
@@ -196,7 +213,8 @@ def _neighbours(export: Export) -> Iterator[_Turn]:
             ]
             if other > 0:
                 words = f"size {other} instead of {size} in dim {dim}"
-                yield _Turn(words, of_shapes(export.inputs, shapes), alone=True)
+                far = abs(other - size) > 1
+                yield _Turn(words, of_shapes(export.inputs, shapes), alone=True, far=far)
 
 
 def _beyond_numbers(exports: list[Export]) -> Iterator[str]:

@@ -59,6 +59,7 @@ def gpt2() -> nn.Module:
         n_layer=2,
         n_head=2,
         n_inner=12,
+        use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -83,6 +84,7 @@ def llama() -> nn.Module:
         num_attention_heads=2,
         intermediate_size=12,
         max_position_embeddings=20,
+        use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config)
     return insert(model, [f"model.layers.{i}.mlp.act_fn" for i in (0, 1)])
@@ -107,6 +109,7 @@ def t5(feed_forward: str) -> nn.Module:
         num_layers=1,
         num_heads=2,
         feed_forward_proj=feed_forward,
+        use_cache=False,
     )
     model = transformers.T5ForConditionalGeneration(config)
     td.replace_dropout(model, "*.DenseReluDense.dropout")
