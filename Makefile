@@ -1,6 +1,7 @@
 # make demo   train a network on real images, measure it, cut it, check it
 # make quick  lint, types, and the tests that take no time, in about a minute
 # make test   everything that continuous integration runs
+# make long   more cases of the same, and random networks, in about half an hour
 # make bench  all benchmarks, in about half an hour
 #
 # They set up .venv by themselves. DATA=fashion-mnist picks the demo's data;
@@ -13,17 +14,21 @@ DATA ?= digits
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick test bench lint types site figures clean
+.PHONY: demo quick test long bench lint types site figures clean
 
 demo: $(READY)
 	$(BIN)/taildropout demo --data $(DATA)
 
 quick: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not slow and not browser" \
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not slow and not long and not browser" \
 		--numprocesses auto --dist loadfile
 
 test: lint types site
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses auto --dist load
+
+long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m long --numprocesses auto --dist load
+	$(BIN)/python -m benchmarks.attack_pruning --count 1000
 
 lint: $(READY)
 	$(BIN)/ruff check .

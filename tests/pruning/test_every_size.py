@@ -215,18 +215,19 @@ OVER_THE_BATCH = {
 
 
 @of(PATHS | NUMBERS | CONSTANTS | MIXING)
-@pytest.mark.parametrize("length", [7, 1, 8])
+@pytest.mark.parametrize("length", [7, 1, pytest.param(8, marks=pytest.mark.long)])
 def test_sequences(forward, length):
     assert_exact(M(forward), (torch.randn(2, length, 3),), sequences())
 
 
+@pytest.mark.long
 @of(PATHS | NUMBERS | CONSTANTS | MIXING)
 def test_one_sequence(forward):
     assert_exact(M(forward), (torch.randn(1, 3, 3),), sequences())
 
 
 @of(OVER_THE_BATCH)
-@pytest.mark.parametrize("batch", [3, 1, 2])
+@pytest.mark.parametrize("batch", [3, 1, pytest.param(2, marks=pytest.mark.long)])
 def test_over_the_batch(forward, batch):
     assert_exact(M(forward), (torch.randn(batch, 3),), vectors())
 
@@ -759,7 +760,9 @@ STATES = {
 
 
 @of(STATES)
-@pytest.mark.parametrize("k", [K, 0, 12])
+@pytest.mark.parametrize(
+    "k", [K, pytest.param(0, marks=pytest.mark.long), pytest.param(12, marks=pytest.mark.long)]
+)
 def test_the_model_and_all_around_it_are_as_before(forward, k):
     model, x = Stateful(forward), torch.rand(2, 7, 3)
     as_trained(model)

@@ -363,6 +363,7 @@ ZOO = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ZOO)
 def test_every_network_of_the_zoo(name):
     p = pruned(name, "half", ZOO[name])

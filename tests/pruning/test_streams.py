@@ -144,7 +144,11 @@ def pruned_stream(name, k=K, example=EXAMPLE):
     return model, ks, inputs, td.plan_pruning(model, ks, inputs(*example))
 
 
-SLOW = [name if name == "Llama" else pytest.param(name, marks=pytest.mark.slow) for name in STREAMS]
+ALWAYS = ("Llama", "Qwen3", "Gemma", "T5")
+SLOW = [
+    pytest.param(name, marks=[pytest.mark.slow, *([] if name in ALWAYS else [pytest.mark.long])])
+    for name in STREAMS
+]
 
 
 @pytest.mark.parametrize("name", SLOW)
