@@ -24,10 +24,10 @@ quick: lint types
 		--numprocesses auto --dist loadfile
 
 test: lint types site
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses auto --dist load
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses auto --dist worksteal
 
 long: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m long --numprocesses auto --dist load
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m long --numprocesses auto --dist worksteal
 	$(BIN)/python -m benchmarks.attack_pruning --count 1000
 
 lint: $(READY)
