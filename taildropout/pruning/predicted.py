@@ -240,19 +240,24 @@ def _operations(export: Export) -> list[fx.Node]:
 
 
 def _unsliced(node: fx.Node) -> fx.Node:
-    """What a slice is of, where it takes all, and what is made contiguous."""
-    while (
-        node.target is torch.ops.aten.slice.Tensor and node.args[2:] in _ALL
-    ) or node.target is torch.ops.aten.contiguous.default:
+    """What a slice is of, where it takes all, and what has an alias or is made contiguous."""
+    while (node.target is torch.ops.aten.slice.Tensor and node.args[2:] in _ALL) or node.target in (
+        torch.ops.aten.alias.default,
+        torch.ops.aten.contiguous.default,
+    ):
         assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
     return node
 
 
 def _pairs(node: fx.Node, own: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """What their arguments hold, one by one."""
+    """What their arguments hold, one by one. One number may stand for several of the same."""
     for held, own_held in zip_longest(_arguments(node), _arguments(own)):
-        yield from zip_longest(held or [], own_held or [])
+        one, other = held or [], own_held or []
+        count = max(len(one), len(other))
+        yield from zip_longest(
+            one * count if len(one) == 1 else one, other * count if len(other) == 1 else other
+        )
 
 
 def _arguments(node: fx.Node) -> list[list[Any]]:
@@ -275,10 +280,7 @@ def _arguments(node: fx.Node) -> list[list[Any]]:
 
 
 def _held(argument: Any) -> list[Any]:
-    """One number stands for several of the same."""
-    values = tree_leaves(argument, is_leaf=lambda value: value is None)
-    alike = len(values) > 1 and all(isinstance(v, int) and v == values[0] for v in values)
-    return values[:1] if alike else values
+    return tree_leaves(argument, is_leaf=lambda value: value is None)
 
 
 def _number(argument: Any) -> Any:
