@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..models.copies import with_own_buffers
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, call
 from .dataflow import Dataflow, Operation, count_of, module_of
@@ -374,11 +375,23 @@ def _uses(model: nn.Module, inputs: Inputs, holders: list[Holder]) -> dict[Holde
 def _numbers(
     model: nn.Module, inputs: Inputs, marks: list[tuple[Holder, float]]
 ) -> list[float | None]:
+    try:
+        with on_fakes(model, inputs) as (probe, fake_inputs):
+            return _numbers_of(probe, fake_inputs, marks)
+    except Exception:  # what is computed decides about shapes
+        copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _numbers_of(with_own_buffers(model), copied, marks)
+
+
+def _numbers_of(
+    probe: nn.Module, inputs: Inputs, marks: list[tuple[Holder, float]]
+) -> list[float | None]:
+    for holder, mark in marks:
+        setattr(probe.get_submodule(holder.module), holder.attribute, mark)
     numbers = _Numbers()
-    with on_fakes(model, inputs) as (probe, fake_inputs), numbers:
-        for holder, mark in marks:
-            setattr(probe.get_submodule(holder.module), holder.attribute, mark)
-        call(probe.eval(), fake_inputs)
+    with numbers:
+        call(probe.eval(), inputs)
     return numbers.seen
 
 
