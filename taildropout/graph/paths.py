@@ -62,7 +62,12 @@ class _Turn:
 
 
 def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
-    """Raises PruningError where the model can't be exported."""
+    """Raises PruningError where the model can't be exported, or holds no numbers."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PruningError(
+            "the model's parameters must hold numbers, and some are on the meta device: load its "
+            "weights first"
+        )
     tensors = tensors_of(as_arguments(example_inputs))
     if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
         raise PruningError("the example inputs must hold at least one sample")
