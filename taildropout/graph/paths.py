@@ -19,7 +19,7 @@ from ..models.inputs import Inputs, as_arguments, call, tensors_of
 from .exports import Export, Knows, Size, export, first_line, of_shapes, shape, traceable
 
 # As many paths are read, at most.
-MOST_PATHS = 16
+MOST_PATHS = 6
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[
     for path in flow.paths.exports:
         # Torch does not export quite the same without symbols: a difference is looked at again.
         fixed = [set[int]() for _ in path.symbols]
-        ways = [fixed, path.symbols] if len(path.nodes) > MOST_WITH_SYMBOLS else [path.symbols]
+        few = len(path.nodes) <= MOST_WITH_SYMBOLS and path is flow.paths.exports[0]
+        ways = [path.symbols] if few else [fixed, path.symbols]
         node = None
         for symbols in ways:
             node = _first_difference(flow, path, _export(traced, path, symbols), found)
