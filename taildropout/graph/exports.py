@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import structural_copy
+from ..models.fakes import quiet
 from ..models.inputs import Inputs, as_arguments, tensors_of
 from ..models.insert import tail_dropouts
 
@@ -68,7 +69,7 @@ class Export:
     inputs: Inputs
     symbols: list[set[int]]
 
-    @property
+    @cached_property
     def nodes(self) -> list[fx.Node]:
         return list(self.program.graph.nodes)
 
@@ -203,7 +204,7 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
     sizes = ShapesCollection()
     for tensor, dims in zip(tensors_of((args, kwargs)), symbols, strict=True):
         sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
-    with warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols(any(symbols)):
+    with quiet(), warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols(any(symbols)):
         warnings.simplefilter("ignore")  # torch's, about its own tracing
         program = torch.export.export(
             model,
@@ -300,10 +301,6 @@ def of_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]]) -> Any:
         lambda value: resized(value) if isinstance(value, Tensor) else value, (args, kwargs)
     )
     return new_kwargs if new_kwargs else new_args
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # -------------------------------------------------------------------------------------- of values

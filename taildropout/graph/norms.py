@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from ..models.copies import with_own_buffers
-from ..models.fakes import on_fakes
+from ..models.fakes import without_numbers
 from ..models.inputs import Inputs, call
 from .dataflow import Dataflow, Operation, count_of, module_of
 from .exports import shape
@@ -375,24 +374,15 @@ def _uses(model: nn.Module, inputs: Inputs, holders: list[Holder]) -> dict[Holde
 def _numbers(
     model: nn.Module, inputs: Inputs, marks: list[tuple[Holder, float]]
 ) -> list[float | None]:
-    try:
-        with on_fakes(model, inputs) as (probe, fake_inputs):
-            return _numbers_of(probe, fake_inputs, marks)
-    except Exception:  # what is computed decides about shapes
-        copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return _numbers_of(with_own_buffers(model), copied, marks)
+    def seen(probe: nn.Module, probe_inputs: Inputs) -> list[float | None]:
+        for holder, mark in marks:
+            setattr(probe.get_submodule(holder.module), holder.attribute, mark)
+        numbers = _Numbers()
+        with numbers:
+            call(probe, probe_inputs)
+        return numbers.seen
 
-
-def _numbers_of(
-    probe: nn.Module, inputs: Inputs, marks: list[tuple[Holder, float]]
-) -> list[float | None]:
-    for holder, mark in marks:
-        setattr(probe.get_submodule(holder.module), holder.attribute, mark)
-    numbers = _Numbers()
-    with numbers:
-        call(probe.eval(), inputs)
-    return numbers.seen
+    return without_numbers(model, inputs, seen)
 
 
 class _Numbers(TorchFunctionMode):

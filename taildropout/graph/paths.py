@@ -7,16 +7,17 @@ otherwise, and at the neighbours of sizes that it uses as numbers.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.copies import PruningError
+from ..models.copies import PruningError, first_line
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, as_arguments, call, tensors_of
-from .exports import Export, Knows, Size, export, first_line, of_shapes, shape, traceable
+from .exports import Export, Knows, Size, export, of_shapes, shape, traceable
 
 # As many paths are read, at most.
 MOST_PATHS = 6
@@ -73,6 +74,7 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
         raise PruningError("the example inputs must hold at least one sample")
     traced = traceable(model)
     first = _export_of_example(traced, example_inputs, knows)
+    usual = cache(lambda: _functions_called(traced, example_inputs))
     exports, unread = [first], []
     waiting = [*_neighbours(first), *_turns(first)]
     while waiting:
@@ -83,7 +85,7 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
         if called is None:
             waiting += turn.instead
             continue
-        if turn.far and called <= (_functions_called(traced, example_inputs) or called):
+        if turn.far and called <= (usual() or called):
             continue
         if len(exports) == MOST_PATHS:
             unread.append(f"{turn.words}, on more than {MOST_PATHS} paths")
@@ -118,7 +120,7 @@ def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) 
     except Exception as error:
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
-            f"exporting it failed: {str(error).strip().splitlines()[0]}"
+            f"exporting it failed: {first_line(error)}"
         ) from error
 
 

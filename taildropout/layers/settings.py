@@ -49,7 +49,12 @@ class SetWidth:
     def for_features(self, n: int) -> int | Tensor:
         if torch.compiler.is_dynamo_compiling():
             return torch.ceil((self.tensor - 1e-9) * n).to(torch.int64)
-        return math.ceil((self.value - 1e-9) * n)
+        return k_of_width(self.value, n)
+
+
+def k_of_width(width: float, n: int) -> int:
+    """The fraction of n features, rounded up, though not by a rounding error."""
+    return math.ceil(width * n - 1e-9 * n)
 
 
 def width_or_k(w: float) -> SetWidth | SetK:

@@ -11,6 +11,11 @@ class PruningError(RuntimeError):
     """The network can't be cut such that it provably computes the same."""
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, with its kind."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, those that are not in the state dict too."""
     return {

@@ -1,6 +1,7 @@
 """How a model is called, and what its batches hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     """What the model makes of the inputs."""
     args, kwargs = as_arguments(inputs)
     return model(*args, **kwargs)
+
+
+def copied(inputs: Inputs) -> Any:
+    """With tensors of its own: a model may change its inputs in place."""
+    return tree_map_only(Tensor, Tensor.clone, inputs)
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module, inputs: Inputs) -> Iterator[Any]:
+    """Copies of the inputs, to call the model with inside; afterwards torch's random numbers are
+    as before, and no gradient is recorded."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        yield copied(inputs)
 
 
 def pair_of(batch: Any) -> tuple[Inputs, Any]:

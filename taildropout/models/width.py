@@ -1,6 +1,5 @@
 """From what users say of widths to the k of each layer; a model at a width, and as it was."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..functional.checks import check_k
 from ..layers import TailDropout
 from ..layers.fitted import FittedTailDropout
+from ..layers.settings import k_of_width
 from .hooks import hooked
 from .inputs import Inputs, call
 from .insert import tail_dropouts
@@ -110,8 +110,8 @@ def check_width(width: Any, name: str) -> Width:
 
 
 def k_at(width: Width, n: int) -> int:
-    """The k of an int or a fraction, which is rounded up, though not by a rounding error."""
-    return math.ceil(width * n - 1e-9 * n) if isinstance(width, float) else width
+    """The k of an int or a fraction."""
+    return k_of_width(width, n) if isinstance(width, float) else width
 
 
 def check_multiple_of(multiple_of: Any) -> int:

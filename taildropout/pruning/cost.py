@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.copies import with_own_buffers
-from ..models.fakes import on_fakes
+from ..models.copies import PruningError, first_line
+from ..models.fakes import without_numbers
 from ..models.inputs import Inputs, call
 
 Shape = Sequence[int]
@@ -33,12 +33,16 @@ def costs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
     """The cost of every module by name, "" for the whole model, in eval mode on these inputs.
 
     Nothing is computed, unless what is computed decides about shapes.
+
+    Raises:
+        PruningError: the model does not run.
     """
     try:
-        with on_fakes(model, inputs) as (fake, fake_inputs):
-            counts = _counted(fake, fake_inputs)
-    except Exception:
-        counts = _counted(with_own_buffers(model), inputs)
+        counts = without_numbers(model, inputs, _counted)
+    except Exception as error:
+        raise PruningError(
+            f"the model must run on its example inputs, but raised {first_line(error)}"
+        ) from error
     root = type(model).__name__
     costs = {}
     for name, module in model.named_modules():
@@ -48,14 +52,12 @@ def costs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
     return costs
 
 
-@torch.no_grad()
 def _counted(model: nn.Module, inputs: Inputs) -> dict[str, dict[Any, int]]:
     with (
         _no_fused_encoder(),
-        torch.random.fork_rng(devices=[]),
         FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter,
     ):
-        call(model.eval(), inputs)
+        call(model, inputs)
     counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
     return counts
 

@@ -17,11 +17,12 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ..graph.dataflow import Dataflow
-from ..graph.exports import LAYER, Export, export, first_line, is_tensor, traceable
+from ..graph.exports import LAYER, Export, export, is_tensor, traceable
 from ..graph.rules import RULES, is_known
 from ..models.copies import PruningError, structural_copy
 from .cuts import Findings, Reading
 from .surgery import operate
+from .verify import does_not_run
 
 # Where slices start and end that take all.
 _ALL = ((), (0,), (0, sys.maxsize), (None, None), (0, None))
@@ -63,6 +64,8 @@ def cut_as_predicted(
             differ = with_sizes - reading.whole or layers
         if not differ:
             return found, small
+        if any(node.op == "output" for node in differ):
+            differ |= layers
         if layers <= reading.whole:
             raise PruningError(
                 "the model must take the same steps each time that it is exported, but "
@@ -74,7 +77,7 @@ def cut_as_predicted(
 def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[fx.Node]:
     """The values that operations of the small network compute otherwise; empty if none does.
 
-    Where the difference belongs to no operation: what the layers compute, so that nothing goes.
+    What is returned may be among them, where the difference belongs to no operation.
 
     Raises:
         PruningError: the small network can't be read.
@@ -93,8 +96,6 @@ def _unlike_predicted(flow: Dataflow, found: Findings, small: nn.Module) -> set[
                 break
         if node is not None:
             differ |= _of_the_same_line(path, node)
-    if any(node.op == "output" for node in differ):
-        differ |= {operation.output for operation in flow.calls()}
     return differ
 
 
@@ -102,11 +103,7 @@ def _export(traced: nn.Module, path: Export, symbols: list[set[int]]) -> Export:
     try:
         return export(traced, path.inputs, symbols, is_known)
     except Exception as error:
-        raise PruningError(
-            f"the pruned network does not run: {first_line(error)}. Its forward may spell out a "
-            "size that pruning changes, as in x.view(-1, 3136): read it from the tensors instead, "
-            "as in x.flatten(1). With k = 0, a layer may be one that torch can't run on no features"
-        ) from error
+        raise does_not_run(error) from error
 
 
 def _first_difference(flow: Dataflow, path: Export, own: Export, found: Findings) -> fx.Node | None:

@@ -10,10 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..graph.exports import first_line
-from ..models.copies import PruningError, copy_that_shares, with_own_buffers, without_cache
+from ..models.copies import (
+    PruningError,
+    copy_that_shares,
+    first_line,
+    with_own_buffers,
+    without_cache,
+)
 from ..models.hooks import hooked
-from ..models.inputs import Inputs, call, of_twice_the_batch, random_like, tensors_of
+from ..models.inputs import (
+    Inputs,
+    call,
+    leaving_no_trace,
+    of_twice_the_batch,
+    random_like,
+    tensors_of,
+)
 from ..models.width import at_width
 from .outputs import OutputCut, what_stays
 from .precision import precisely
@@ -62,8 +74,8 @@ def verify(
 ) -> Verification:
     """Compare the model at `k` with `small` on the example inputs, on random ones, and on others.
 
-    On the example inputs the outputs of the modules inside are compared too, as far as they have
-    kept their shapes: of a network that returns the largest of its outputs, also these.
+    In float64 the outputs of the modules inside are compared too, as far as they have kept their
+    shapes: of a network that returns the largest of its outputs, also these.
 
     Args:
         model: the large network; it is not run itself, nor is `small`.
@@ -77,7 +89,7 @@ def verify(
 
     Raises:
         PruningError: they differ by more than rounding, what goes from the outputs is not zero,
-            or the small network does not run.
+            or one of them does not run on the example inputs.
     """
     skipped = []
     precision: AbstractContextManager[object] = nullcontext()
@@ -93,18 +105,30 @@ def verify(
         except Exception as error:  # the model insists on its own dtype
             skipped.append(f"in {str(dtype).removeprefix('torch.')}: {first_line(error)}")
             dtype = None
-    comparisons = []
+    comparisons: list[Comparison] = []
     named = [("the example inputs", example_inputs), *_of_other_values(example_inputs), *others]
+    watched = dtype is torch.float64
     with precision, at_width(large, k):
         for name, inputs in named:
             inputs = inputs if dtype is None else to_dtype(inputs, dtype)
             try:
-                run(large, inputs)
+                expected, seen = _run(large, inputs, watched)
             except Exception as error:
+                if not comparisons:
+                    raise PruningError(
+                        f"the model must run on its example inputs, but raised {first_line(error)}"
+                    ) from error
                 skipped.append(f"on {name}: {first_line(error)}")
-            else:
-                found = _compared(large, small, inputs, k, output_cuts, dtype is torch.float64)
-                comparisons.append(Comparison(name, _sizes(inputs), found.relative))
+                continue
+            try:
+                actual, seen_in_small = _run(small, inputs, watched)
+            except Exception as error:
+                raise does_not_run(error) from error
+            found = difference_of(what_stays(expected, output_cuts), actual)
+            if not watched and not found.is_rounding:  # again, to name the module
+                seen, seen_in_small = (_run(m, inputs, True)[1] for m in (large, small))
+            _check(found, _first_that_differs(seen, seen_in_small), k)
+            comparisons.append(Comparison(name, _sizes(inputs), found.relative))
     return Verification(dtype, tuple(comparisons), tuple(skipped))
 
 
@@ -114,24 +138,25 @@ def _of_other_values(example_inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
     yield "twice as many samples", of_twice_the_batch(random)
 
 
-@torch.no_grad()
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Neither the inputs nor torch's random numbers are changed by it."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-    with torch.random.fork_rng(devices=list(devices)):
-        return call(model, copied)
+    """What the model makes of the inputs, which stay as they are."""
+    with leaving_no_trace(model, inputs) as own_inputs:
+        return call(model, own_inputs)
 
 
-def run_pruned(model: nn.Module, inputs: Inputs) -> Any:
-    try:
-        return run(model, inputs)
-    except Exception as error:
-        raise PruningError(
-            f"the pruned network does not run: {error}. Its forward may spell out a size that "
-            "pruning changes, as in x.view(-1, 3136): read it from the tensors instead, as in "
-            "x.flatten(1). With k = 0, a layer may be one that torch can't run on no features"
-        ) from error
+def _run(model: nn.Module, inputs: Inputs, watched: bool) -> tuple[Any, list[tuple[str, Any]]]:
+    """What the model returns, and, where it is watched, what each module returns inside."""
+    with _outputs_of_modules(model, watched) as seen:
+        return run(model, inputs), seen
+
+
+def does_not_run(error: Exception) -> PruningError:
+    """What became of a model that did."""
+    return PruningError(
+        f"the pruned network does not run: {first_line(error)}. Its forward may spell out a size "
+        "that pruning changes, as in x.view(-1, 3136): read it from the tensors instead, as in "
+        "x.flatten(1). With k = 0, a layer may be one that torch can't run on no features"
+    )
 
 
 def to_dtype(inputs: Inputs, dtype: torch.dtype) -> Any:
@@ -142,24 +167,9 @@ def to_dtype(inputs: Inputs, dtype: torch.dtype) -> Any:
     return tree_map(converted, inputs)
 
 
-def _compared(
-    large: nn.Module,
-    small: nn.Module,
-    inputs: Inputs,
-    k: dict[str, int],
-    output_cuts: Sequence[OutputCut],
-    inside: bool,
-) -> "Difference":
-    """The difference of their outputs; `inside`: what modules return inside must agree, too."""
-    with _outputs_of_modules(large) as seen:
-        expected = what_stays(run(large, inputs), output_cuts)
-    with _outputs_of_modules(small) as seen_in_small:
-        found = difference_of(expected, run_pruned(small, inputs))
-    module = None
-    if inside or not found.is_rounding:
-        module = _first_that_differs(seen, seen_in_small)
+def _check(found: "Difference", module: str | None, k: dict[str, int]) -> None:
     if found.is_rounding and module is None:
-        return found
+        return
     message = f"the pruned network must compute what the model computes with k={k}, but differs"
     if not found.is_rounding:
         message += f" by up to {found.largest:.3g} where the outputs are up to {found.scale:.3g}"
@@ -231,13 +241,13 @@ def _difference(one: Tensor, other: Tensor) -> Difference:
 
 
 @contextmanager
-def _outputs_of_modules(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """What the modules return inside, by name."""
+def _outputs_of_modules(model: nn.Module, watched: bool) -> Iterator[list[tuple[str, Any]]]:
+    """What the modules return inside, by name; nothing, and no memory, where none is watched."""
     seen: list[tuple[str, Any]] = []
     hooks = {
         module: lambda module, args, output, name=name: seen.append((name, output))
         for name, module in model.named_modules()
-        if name
+        if name and watched
     }
     with hooked(hooks):
         yield seen

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from helpers.oracle import Net
 from torch import nn
+from torch.testing import assert_close
 
 import taildropout as td
-from taildropout import TailDropout
+from taildropout import PruningError, TailDropout
+from taildropout.pruning.cost import costs_by_module
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -25,3 +28,27 @@ def test_flops_count_recurrent_layers_and_attention(dtype):
 
     assert plan.before.flops == 2 * (encoder + lstm(16))
     assert plan.after.flops == 2 * (encoder + lstm(4))
+
+
+class Exportable(nn.Module):
+    """It can be exported, and not be run."""
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting():
+            raise RuntimeError("no run today")
+        return x
+
+
+def test_a_model_that_does_not_run_is_refused_in_words():
+    model = nn.Sequential(nn.Linear(5, 4), TailDropout(), Exportable(), nn.Linear(4, 3))
+    with pytest.raises(PruningError, match=r"must run on its example inputs, but .* no run today"):
+        td.plan_pruning(model, 2, torch.randn(3, 5))
+
+
+def test_counting_leaves_inputs_and_random_numbers_as_they_are():
+    """Also where the numbers themselves decide about shapes, and so something is computed."""
+    model, x = Net(lambda m, x: m.consumer(x.add_(torch.rand(())))[x[:, 0] > 0]), torch.randn(3, 4)
+    before, state = x.clone(), torch.get_rng_state()
+    costs_by_module(model, x)
+    assert_close(x, before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
