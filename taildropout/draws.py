@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lengths import Lengths
+from .lengths import Lengths, probability_above
 
 
 def draw(
@@ -109,14 +109,7 @@ def most_above(lengths: Lengths, n: int, k: int, count: int) -> int:
     sum of n + 1 terms: one too many costs little, one too few would be wrong.
     """
     slack = 1e-15 * (n + 10)
-    return min(count, math.ceil(count * (_probability_above(lengths, n, k) + slack)))
-
-
-def _probability_above(lengths: Lengths, n: int, k: int) -> float:
-    """P(K > k), as a number: also while compiling, where the lengths have a formula for it."""
-    if hasattr(lengths, "above"):
-        return float(lengths.above(n, k))
-    return float(lengths.pmf(n)[k + 1 :].sum())
+    return min(count, math.ceil(count * (probability_above(lengths, n, k) + slack)))
 
 
 def _from(generator: torch.Generator | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from taildropout.draws import draw, draw_uniforms, inverse_cdf, most_above
-from taildropout.lengths import Exponential, Sizes, Uniform
+from taildropout.lengths import Exponential, Full, InGroups, LogUniform, Mixed, Sizes, Uniform
 
 PS = [1e-9, 1e-6, 9.9e-5, 1.01e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-9]
 NS = [1, 2, 3, 7, 64, 1000, 10**6]
@@ -30,6 +30,15 @@ LENGTHS = [
     Uniform(min_k=5),
     Sizes([2, 3, 13]),
     Sizes([0, 5, 7], weights=[1, 5, 0.5]),
+    Exponential(0.3, min_k=0.25),
+    Uniform(min_k=0.3),
+    LogUniform(),
+    LogUniform(min_k=3),
+    LogUniform(min_k=0.2),
+    Sizes([0.25, 3, 1.0], weights=[1, 2, 3]),
+    Full(),
+    Mixed([Full(), LogUniform(2), Sizes([2])], weights=[0.2, 0.6, 0.2]),
+    Mixed([Exponential(0.5), Mixed([Uniform(), Full()])]),
 ]
 
 
@@ -167,7 +176,7 @@ def test_exponential_refuses_a_p_that_is_not_a_number(p):
 def test_min_k_must_be_a_size(lengths):
     with pytest.raises(ValueError, match="min_k must be at least 0, got -1"):
         lengths(min_k=-1)
-    with pytest.raises(TypeError, match=r"min_k must be an integer, got 1\.5"):
+    with pytest.raises(TypeError, match=r"min_k must be an integer, or a fraction .* got 1\.5"):
         lengths(min_k=1.5)
 
 
@@ -220,6 +229,88 @@ def test_sizes_have_their_weights_and_duplicates_add_up(sizes, weights, expected
     assert_close(Sizes(sizes, weights).pmf(4), expected, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "n", "ks"),
+    [
+        ([0.5, 1.0], 8, [4, 8]),
+        ([0.5, 1.0], 7, [4, 7]),  # rounded up
+        ([0.3], 10, [3]),  # 0.3 * 10 is a little above 3 in no float that counts
+        ([1, 1.0], 6, [1, 6]),  # one feature, all features
+        ([1 / 3], 3, [1]),
+    ],
+)
+def test_a_size_that_is_a_fraction_is_that_of_n(sizes, n, ks):
+    assert Sizes(sizes).pmf(n).nonzero().flatten().tolist() == ks
+
+
+@pytest.mark.parametrize("kind", [Exponential, Uniform, LogUniform])
+def test_min_k_may_be_a_fraction_of_n(kind):
+    for n, min_k in [(8, 2), (9, 3), (100, 25)]:
+        assert_close(kind(min_k=0.25).pmf(n), kind(min_k=min_k).pmf(n), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("min_k", "n"), [(1, 1), (1, 5), (3, 5), (5, 5), (1, 64), (7, 1000)])
+def test_log_uniform_is_proportional_to_one_over_k(min_k, n):
+    weights = [0.0 if k < min_k else float(1 / mpmath.mpf(k)) for k in range(n + 1)]
+    total = math.fsum(weights)
+    expected = torch.tensor([w / total for w in weights], dtype=torch.float64)
+    assert_close(LogUniform(min_k).pmf(n), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 29, 30, 31, 1000, 10**6])
+def test_log_uniform_has_the_harmonic_numbers_above(n):
+    for k in {0, 1, n // 3, n - 1, n}:
+        with mpmath.workdps(40):
+            expected = 1 - mpmath.harmonic(k) / mpmath.harmonic(n)
+        assert LogUniform().above(n, k) == pytest.approx(float(expected), abs=4e-16)
+
+
+def test_log_uniform_has_no_k_of_zero():
+    with pytest.raises(ValueError, match=r"min_k must be at least 1, since .* got 0"):
+        LogUniform(0)
+
+
+def test_full_is_always_all():
+    assert Full().pmf(3).tolist() == [0, 0, 0, 1]
+    assert Full().pmf(0).tolist() == [1]
+    assert draw(Full(), 3, 4).tolist() == [3, 3, 3, 3]
+
+
+def test_a_mixture_is_the_weighted_mean_of_its_parts():
+    parts, shares = [Exponential(0.4), Sizes([2]), Full()], [0.5, 0.3, 0.2]
+    expected = sum(s * part.pmf(6) for s, part in zip(shares, parts, strict=True))
+    assert_close(Mixed(parts, [5, 3, 2]).pmf(6), expected, rtol=1e-14, atol=0)
+    assert_close(
+        Mixed(parts).pmf(6), sum(part.pmf(6) for part in parts) / 3, rtol=1e-14, atol=1e-300
+    )
+
+
+def test_a_mixture_takes_lengths_of_ones_own():
+    own = OwnLengths(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64))
+    mixed = Mixed([own, Full()])
+    assert mixed.pmf(2).tolist() == [0.25, 0.125, 0.625]
+    assert mixed.above(2, 0) == 0.75
+
+
+def test_mixtures_refuse_what_is_no_mixture():
+    with pytest.raises(ValueError, match="parts must name at least one distribution"):
+        Mixed([])
+    with pytest.raises(ValueError, match="weights must be one finite number >= 0 for each part"):
+        Mixed([Full()], [1, 2])
+    with pytest.raises(TypeError, match=r"lengths must have a pmf\(n\)"):
+        Mixed([Full(), 0.5])
+
+
+@pytest.mark.parametrize("group", [1, 2, 5])
+def test_lengths_in_groups_are_those_of_the_groups(group):
+    lengths, n = Exponential(0.3), 6 * group
+    grouped = InGroups(lengths, group)
+    assert_close(grouped.pmf(n)[::group], lengths.pmf(6), rtol=0, atol=0)
+    assert dropped_fraction(grouped.pmf(n)) == pytest.approx(0.3, rel=1e-9)
+    for k in range(n + 1):
+        assert grouped.above(n, k) == pytest.approx(float(grouped.pmf(n)[k + 1 :].sum()), abs=1e-12)
+
+
 def test_sizes_refuse_to_be_empty():
     with pytest.raises(ValueError, match="sizes must name at least one k, got none"):
         Sizes([])
@@ -229,8 +320,9 @@ def test_sizes_refuse_to_be_empty():
     ("size", "error", "message"),
     [
         (-1, ValueError, "a size must be at least 0, got -1"),
-        (1.5, TypeError, r"a size must be an integer, got 1\.5"),
-        ("a", TypeError, "a size must be an integer, got 'a'"),
+        (1.5, TypeError, r"a size must be an integer, or a fraction .* in \(0, 1\], got 1\.5"),
+        (0.0, TypeError, r"a size must be an integer, or a fraction .* in \(0, 1\], got 0\.0"),
+        ("a", TypeError, "a size must be an integer, or a fraction .*, got 'a'"),
     ],
 )
 def test_sizes_refuse_what_is_no_size(size, error, message):
@@ -298,7 +390,7 @@ def assert_covers_evenly(k, pmf):
 
 
 @pytest.mark.parametrize("stratified", [True, False])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", [x for x in LENGTHS if x != Full()], ids=str)
 def test_draws_follow_the_pmf(lengths, stratified, assert_drawn_from):
     k = draw(lengths, 13, 50_000, stratified=stratified)
     assert_drawn_from(k, lengths.pmf(13))

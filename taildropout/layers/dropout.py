@@ -18,8 +18,8 @@ from ..functional.checks import (
     spread,
 )
 from ..functional.prefix import zero_tail
-from ..lengths import Exponential, Lengths, check_lengths, lengths_or_exponential
-from .settings import SetK, SetWidth, width_or_k
+from ..lengths import Exponential, InGroups, Lengths, check_lengths, lengths_or_exponential
+from .settings import SetK, SetWidth, check_groups, check_multiple_of, width_or_k
 
 
 class TailDropout(nn.Module):
@@ -44,6 +44,9 @@ class TailDropout(nn.Module):
             for the whole call.
         dropout_dim: the dim along which the features lie.
         lengths: distribution of k. None: `Exponential(p)`.
+        multiple_of: every k is a multiple of it, and so must n be: the size of a head, say, in
+            front of an attention's output projection. The lengths are then those of the
+            n/multiple_of groups, `p` is as exact as ever, and widths are rounded up to a multiple.
         stratified: spread the ks of one call evenly over their distribution.
         inplace: write the result into the input.
 
@@ -51,7 +54,8 @@ class TailDropout(nn.Module):
         Any; the output has the shape, dtype, device and memory format of the input.
 
     Raises:
-        ValueError: p outside [0, 1] or NaN, coinciding dims; in a call also k above n.
+        ValueError: p outside [0, 1] or NaN, coinciding dims, a k that is no multiple of
+            `multiple_of`; in a call also k above n, and an n that is no multiple.
         IndexError: in a call, a dim that the input does not have.
         TypeError: p that is no number, dims that are no ints, lengths without a pmf; in a call in
             training with no k set, an integer or boolean input.
@@ -77,6 +81,7 @@ class TailDropout(nn.Module):
         dropout_dim: int = -1,
         *,
         lengths: Lengths | None = None,
+        multiple_of: int = 1,
         stratified: bool = True,
         inplace: bool = False,
     ) -> None:
@@ -93,6 +98,7 @@ class TailDropout(nn.Module):
         self.batch_dim: int | tuple[int, ...] = batch_dim if isinstance(batch_dim, int) else dims
         self.dropout_dim = dropout_dim
         self.lengths = None if lengths is None else check_lengths(lengths)
+        self.multiple_of = check_multiple_of(multiple_of)
         self.stratified = stratified
         self.inplace = inplace
         self._k: SetK | None = None
@@ -123,11 +129,11 @@ class TailDropout(nn.Module):
                 `train()` and `eval()` clear it too.
 
         Raises:
-            ValueError: k is negative. (A k above the number of features, and a tensor whose
+            ValueError: k is negative, or no multiple of `multiple_of`. (A k above the number of features, and a tensor whose
                 shape does not fit, raise in the call, where the input is known.)
             TypeError: k is not an integer.
         """
-        self._k = None if k is None else SetK.of(k)
+        self._k = None if k is None else SetK.of(k, self.multiple_of)
 
     @contextmanager
     def using_k(self, k: int | Tensor | None) -> Iterator["TailDropout"]:
@@ -170,7 +176,7 @@ class TailDropout(nn.Module):
             ...     layer.eval()(torch.ones(1, 4))
             tensor([[1., 1., 0., 0.]])
         """
-        width = None if w is None else width_or_k(w)
+        width = None if w is None else width_or_k(w, self.multiple_of)
         before = self._k, self._width
         self._k, self._width = None, width
         try:
@@ -188,10 +194,10 @@ class TailDropout(nn.Module):
         What is set, by the innermost of `set_k`, `using_k` and `using_width`; else in training a
         draw; else None, and everything passes.
         """
-        in_force = self._in_force
-        if in_force is not None:
+        if self._in_force is not None:
             n = input.shape[resolve_dim(input, self.dropout_dim, "dropout_dim")]
-            k = in_force.for_features(n)
+            k = self.set_k_for(n)
+            assert k is not None
             return align_samples(k, input, self.batch_dim, self.dropout_dim)
         if not self.training:
             return None
@@ -199,18 +205,27 @@ class TailDropout(nn.Module):
         batch_dims, dim = resolve_dims(input, self.batch_dim, self.dropout_dim)
         samples = [input.shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
-        k = draw.by_sample(inverse_cdf(self._lengths_for_call(), input.shape[dim], draw))
+        lengths = self.in_groups(self._lengths_for_call(), input.shape[dim])
+        k = draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw))
         self.drawn_k = k if len(samples) == 1 else k.view(samples)
         return spread(self.drawn_k, input, batch_dims)
 
     def set_k_for(self, n: int) -> int | Tensor | None:
         """The k that is set, for n features; None where it is drawn or everything passes."""
         in_force = self._in_force
-        return None if in_force is None else in_force.for_features(n)
+        if in_force is None:
+            return None
+        check_groups(n, self.multiple_of)
+        return in_force.for_features(n)
 
     def draw(self, count: int, device: torch.device) -> Draw:
         """A uniform number for each of the samples of a call."""
         return draw_uniforms(count, stratified=self.stratified, device=device)
+
+    def in_groups(self, lengths: Lengths, n: int) -> Lengths:
+        """The lengths of n features, where `lengths` are those of their groups."""
+        check_groups(n, self.multiple_of)
+        return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
 
     @property
     def _in_force(self) -> SetK | SetWidth | None:
@@ -234,6 +249,7 @@ class TailDropout(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"p={self.p}" if self.lengths is None else f"lengths={self.lengths}"]
         parts += [f"batch_dim={self.batch_dim}", f"dropout_dim={self.dropout_dim}"]
+        parts += [f"multiple_of={self.multiple_of}"] if self.multiple_of > 1 else []
         parts += ["stratified=False"] if not self.stratified else []
         parts += ["inplace=True"] if self.inplace else []
         parts += [f"using_width={self._width.value}"] if self._width is not None else []

@@ -153,9 +153,11 @@ class TailMLP(nn.Module):
             yield self
 
     def forward(self, input: Tensor) -> Tensor:
-        k = self.dropout.set_k_for(self.fc1.out_features)
+        n = self.fc1.out_features
+        k = self.dropout.set_k_for(n)
         if self.training and k is None:
             count = count_samples(input, self.dropout.batch_dim, -1)
+            lengths = lengths_or_exponential(self.dropout.lengths, self.dropout.p)
             output, self.dropout.drawn_k = tail_mlp_of_draw(
                 input,
                 self.fc1.weight,
@@ -164,7 +166,7 @@ class TailMLP(nn.Module):
                 self.fc2.bias,
                 self.dropout.batch_dim,
                 activation=self.activation,
-                lengths=lengths_or_exponential(self.dropout.lengths, self.dropout.p),
+                lengths=self.dropout.in_groups(lengths, n),
                 draw=self.dropout.draw(count, input.device),
                 blocks=self.blocks,
             )

@@ -77,7 +77,7 @@ def scree(
     """
     name, swept = find_layer(model, layer)
     per_sample_loss = per_sample(loss)
-    widths = None if ks is None else check_ks(ks, name)
+    widths = None if ks is None else check_ks(ks, name, swept.multiple_of)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
     chosen: list[int] | None = None
@@ -97,7 +97,12 @@ def scree(
             inputs, target = to_device(pair_of(batch), device)
             if moments is None or chosen is None:
                 n = features_of(model, swept, name, inputs)
-                chosen = _default_ks(n) if widths is None else sorted({k_at(w, n) for w in widths})
+                m = swept.multiple_of
+                chosen = (
+                    [m * k for k in _default_ks(n // m)]
+                    if widths is None
+                    else sorted({k_at(w, n, m) for w in widths})
+                )
                 check_k_at_most(chosen[-1], n)
                 moments = Moments(len(chosen))
             if fan_out is not None and not fan_out.checked:

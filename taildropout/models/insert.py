@@ -1,12 +1,16 @@
 """Putting layers into someone else's model, finding them, taking them out."""
 
-from fnmatch import fnmatchcase
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from torch import nn
 
 from ..layers import TailDropout
-from ..layers.hooks import ApplyChild
+from ..layers.hooks import ApplyChild, ApplyChildToInput, InsertedHook, inserted_children
+from .names import fits_pattern, plain_name
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def tail_dropouts(model: nn.Module) -> dict[str, TailDropout]:
@@ -20,45 +24,60 @@ def tail_dropouts(model: nn.Module) -> dict[str, TailDropout]:
     return {name: m for name, m in model.named_modules() if isinstance(m, TailDropout)}
 
 
-def insert(model: nn.Module, name: str, layer: TailDropout) -> TailDropout:
-    """Apply a TailDropout to the output of any module of a model.
+def insert(
+    model: nn.Module, name: str, layer: TailDropout, at: Literal["output", "input"] = "output"
+) -> TailDropout:
+    """Apply a TailDropout to the output, or the input, of any module of a model.
 
     The layer becomes a child of the module, `NAME.tail_dropout`, which a forward hook applies to
-    its output. It is put into the mode of the module, for a model that was loaded is often in eval
-    mode, and follows the model's `train()`, `eval()`, `to()`, pickle and deepcopy; no key of the
-    state dict changes. Of an output that is a tuple, the first entry goes through the
-    layer, as a GRU has it.
+    its output or first input. It is put into the mode of the module, for a model that was loaded
+    is often in eval mode, and follows the model's `train()`, `eval()`, `to()`, pickle and deepcopy;
+    no key of the state dict changes. Of an output that is a tuple, the first entry goes through
+    the layer, as a GRU has it.
 
     Args:
         model: changed in place.
         name: qualified name of the module, as in `model.named_modules()`.
-        layer: the layer; its dims are those of the module's output.
+        layer: the layer; its dims are those of the module's output or input.
+        at: "output", or "input": in front of an attention's output projection, say, whose input
+            are its heads.
 
     Returns:
         The layer.
 
     Raises:
-        ValueError: the model has no such module, the module is never called (a ModuleList), or
-            the layer is in the model already.
-        TypeError: `layer` is no TailDropout; in a call, an output that is no tensor or tuple.
+        ValueError: the model has no such module, the module is never called (a ModuleList), the
+            layer is in the model already, or `at` is another word.
+        TypeError: `layer` is no TailDropout; in a call, an output or input that is no tensor or
+            tuple.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = insert(model, "1", TailDropout(0.2))
-        >>> tail_dropouts(model)
-        {'1.tail_dropout': TailDropout(p=0.2, batch_dim=0, dropout_dim=-1)}
+        >>> _ = insert(model, "0", TailDropout(0.1), at="input")
+        >>> tail_dropouts(model)  # doctest: +NORMALIZE_WHITESPACE
+        {'0.tail_dropout': TailDropout(p=0.1, batch_dim=0, dropout_dim=-1),
+         '1.tail_dropout': TailDropout(p=0.2, batch_dim=0, dropout_dim=-1)}
         >>> list(model.state_dict())
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     if not isinstance(layer, TailDropout):
         raise TypeError(f"layer must be a TailDropout, got {type(layer).__name__}")
+    if at not in ("output", "input"):
+        raise ValueError(f'at must be "output" or "input", got {at!r}')
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
         raise ValueError(f"name must be that of a module of the model, got {name!r}")
     module = modules[name]
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if isinstance(module, _NEVER_CALLED):
         raise ValueError(
             f"{name!r} is a {type(module).__name__}, which has no output: name a child"
+        )
+    runs_children = type(module).forward is nn.Sequential.forward
+    if runs_children and at == "input":
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}, which would run the layer at its end: name "
+            "its first child"
         )
     if layer in modules.values():
         raise ValueError("each layer can be inserted once: make another TailDropout")
@@ -67,9 +86,51 @@ def insert(model: nn.Module, name: str, layer: TailDropout) -> TailDropout:
         child += "_"
     layer.training = module.training  # not train(), which would clear a k that is set
     module.add_module(child, layer)
-    if type(module).forward is not nn.Sequential.forward:  # which runs its last child anyway
+    if at == "input":
+        module.register_forward_pre_hook(ApplyChildToInput(child), with_kwargs=True)
+    elif not runs_children:
         module.register_forward_hook(ApplyChild(child))
     return layer
+
+
+def insert_each(
+    model: nn.Module,
+    pattern: str | Iterable[str] | Callable[[nn.Module, str], bool],
+    layer: TailDropout,
+    at: Literal["output", "input"] = "output",
+) -> dict[str, TailDropout]:
+    """Put a copy of a TailDropout at every module that matches, as `insert` does.
+
+    Args:
+        model: changed in place; not at all if any of the layers can't be inserted.
+        pattern: of qualified names, with `*`, `?` and `[...]` as in a shell; a regular
+            expression, `"re:..."`; names; or a function of a module and its name that says
+            whether.
+        layer: the layer of which each place gets a copy.
+        at: "output" or "input".
+
+    Returns:
+        The layers by the names of the modules at which they are. `remove`, `at_width`, `prune`
+        and the others take these names, too.
+
+    Raises:
+        ValueError: nothing matches, a name that the model does not have, or as in `insert`.
+        TypeError: as in `insert`.
+
+    Example:
+        >>> blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)]
+        >>> insert_each(nn.Sequential(*blocks), "*.2", TailDropout(0.5), at="input").keys()
+        dict_keys(['0.2', '1.2'])
+    """
+    inserted: dict[str, TailDropout] = {}
+    try:
+        for name in _names(model, pattern):
+            inserted[name] = insert(model, name, copy.deepcopy(layer), at)
+    except Exception:
+        for name in inserted:
+            remove(model, name)
+        raise
+    return inserted
 
 
 def remove(model: nn.Module, name: str) -> TailDropout:
@@ -77,7 +138,7 @@ def remove(model: nn.Module, name: str) -> TailDropout:
 
     Args:
         model: changed in place.
-        name: the name that `insert` took. Of several layers behind that module the one that was
+        name: the name that `insert` took. Of several layers at that module the one that was
             inserted last goes, or the one whose own name is given (`NAME.tail_dropout`).
 
     Returns:
@@ -94,28 +155,45 @@ def remove(model: nn.Module, name: str) -> TailDropout:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owner, _, child = name.rpartition(".")
-    if name in modules and (inserted := _inserted(modules[name])):
+    if name in modules and (inserted := inserted_children(modules[name])):
         module, child = modules[name], inserted[-1]
-    elif owner in modules and child in _inserted(modules[owner]):
+    elif owner in modules and child in inserted_children(modules[owner]):
         module = modules[owner]
     else:
         raise ValueError(f"name must be that of an inserted layer, got {name!r}")
     layer = getattr(module, child)
     assert isinstance(layer, TailDropout)
-    for key, hook in module._forward_hooks.items():
-        if isinstance(hook, ApplyChild) and hook.child == child:
-            del module._forward_hooks[key]
-            break
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in hooks.items():
+            if isinstance(hook, InsertedHook) and hook.child == child:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                break
     delattr(module, child)
     return layer
 
 
-def _inserted(module: nn.Module) -> list[str]:
-    """The children that `insert` gave it, in order."""
-    if type(module).forward is nn.Sequential.forward:
-        return [child for child in module._modules if child.startswith("tail_dropout")]
-    hooks = module._forward_hooks.values()
-    return [hook.child for hook in hooks if isinstance(hook, ApplyChild)]
+def _names(
+    model: nn.Module, pattern: str | Iterable[str] | Callable[[nn.Module, str], bool]
+) -> list[str]:
+    """Of the modules that match; a list of names is taken at its word."""
+    if not isinstance(pattern, str) and not callable(pattern):
+        names = list(pattern)
+    else:
+        kept_out = (*_NEVER_CALLED, TailDropout)
+        names = [
+            name
+            for name, module in model.named_modules()
+            if not isinstance(module, kept_out)
+            and (
+                pattern(module, name)
+                if callable(pattern)
+                else any(fits_pattern(pattern, own) for own in (name, plain_name(model, name)))
+            )
+        ]
+    if not names:
+        raise ValueError(f"pattern must match modules of the model, and none fits {pattern!r}")
+    return names
 
 
 def replace_dropout(model: nn.Module, pattern: str = "*", **options: Any) -> list[str]:
@@ -123,7 +201,7 @@ def replace_dropout(model: nn.Module, pattern: str = "*", **options: Any) -> lis
 
     Args:
         model: changed in place.
-        pattern: of the qualified names, with `*`, `?` and `[...]` as in a shell.
+        pattern: of the qualified names, with `*`, `?` and `[...]` as in a shell, or "re:...".
         options: arguments of `TailDropout`, such as its dims.
 
     Returns:
@@ -142,7 +220,7 @@ def replace_dropout(model: nn.Module, pattern: str = "*", **options: Any) -> lis
     names = [
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Dropout) and name and fnmatchcase(name, pattern)
+        if isinstance(module, nn.Dropout) and name and fits_pattern(pattern, name)
     ]
     if not names:
         raise ValueError(f"pattern must match the name of an nn.Dropout in it, got {pattern!r}")

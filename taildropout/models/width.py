@@ -1,9 +1,7 @@
 """From what users say of widths to the k of each layer; a model at a width, and as it was."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +15,7 @@ from ..layers.settings import k_of_width
 from .hooks import hooked
 from .inputs import Inputs, call
 from .insert import tail_dropouts
+from .names import fits_pattern, names_of_layer, plain_name
 
 Width = int | float
 """An int counts features, a float in (0, 1] is a fraction of them."""
@@ -74,25 +73,21 @@ def widths_by_layer(model: nn.Module, widths: Widths) -> dict[str, Width]:
             f"the model has several TailDropout layers, give k as a dict: {sorted(layers)}, or one "
             f"fraction of all of them, where 1.0 is the full width; got {widths!r}"
         )
-    return {name: check_width(width, name) for name, width in given.items()}
+    return {
+        name: check_width(width, name, layers[name].multiple_of) for name, width in given.items()
+    }
 
 
-def layer_ks(
-    model: nn.Module, widths: Widths, n_of: Callable[[str], int] | None = None
-) -> dict[str, int]:
+def layer_ks(model: nn.Module, widths: Widths, n_of: Callable[[str], int]) -> dict[str, int]:
     """The k of each layer that is spoken of; `n_of` gives the n of a layer, for a fraction."""
-    ks = {}
-    for name, width in widths_by_layer(model, widths).items():
-        if isinstance(width, int):
-            ks[name] = width
-        elif n_of is not None:
-            ks[name] = k_at(width, n_of(name))
-        else:
-            raise TypeError(f"k must be an integer here, got {width} for layer {name!r}")
-    return ks
+    layers = tail_dropouts(model)
+    return {
+        name: width if isinstance(width, int) else k_at(width, n_of(name), layers[name].multiple_of)
+        for name, width in widths_by_layer(model, widths).items()
+    }
 
 
-def check_width(width: Any, name: str) -> Width:
+def check_width(width: Any, name: str, multiple_of: int) -> Width:
     """The width of one layer, as an int or a float."""
     if _is_fraction(width):
         if not 0 < width <= 1:
@@ -106,21 +101,16 @@ def check_width(width: Any, name: str) -> Width:
         raise TypeError(f"k must be one int for all samples, got {k} for layer {name!r}")
     if k < 0:
         raise ValueError(f"k must be at least 0, got {k} for layer {name!r}")
+    if k % multiple_of:
+        raise ValueError(
+            f"k of layer {name!r} must be a multiple of multiple_of={multiple_of}, got {k}"
+        )
     return k
 
 
-def k_at(width: Width, n: int) -> int:
+def k_at(width: Width, n: int, multiple_of: int = 1) -> int:
     """The k of an int or a fraction."""
-    return k_of_width(width, n) if isinstance(width, float) else width
-
-
-def check_multiple_of(multiple_of: Any) -> int:
-    """What ks are multiples of: an int of at least 1."""
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, Integral):
-        raise TypeError(f"multiple_of must be an int, got {multiple_of!r}")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
-    return int(multiple_of)
+    return k_of_width(width, n, multiple_of) if isinstance(width, float) else width
 
 
 def rounded_up(k: int, multiple_of: int, n: int) -> int:
@@ -137,8 +127,8 @@ def _matched(model: nn.Module, widths: Mapping[str, Any]) -> dict[str, Any]:
     given, used = {}, {"_default"}
     layers = tail_dropouts(model)
     for layer in layers:
-        names = {layer, plain_name(model, layer)}
-        fitting = [key for key in widths if any(_fits(key, name) for name in names)]
+        names = names_of_layer(model, layer)
+        fitting = [key for key in widths if any(fits_pattern(key, name) for name in names)]
         used.update(fitting)
         keys = [*(key for key in fitting if key in names), *fitting]
         keys += ["_default"] if "_default" in widths else []
@@ -150,28 +140,6 @@ def _matched(model: nn.Module, widths: Mapping[str, Any]) -> dict[str, Any]:
             f"k must name TailDropout layers of the model, {sorted(layers)}, got {unknown}"
         )
     return given
-
-
-def _fits(key: Any, name: str) -> bool:
-    if not isinstance(key, str):
-        return False
-    if key.startswith("re:"):
-        return re.fullmatch(key.removeprefix("re:"), name) is not None
-    return key == name or fnmatchcase(name, key)
-
-
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def plain_name(model: nn.Module, name: str) -> str:
-    """A module's name without what compiling, checkpointing and data parallelism put into it."""
-    parts, module = [], model
-    for part in filter(None, name.split(".")):
-        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        if part not in _WRAPPERS and not (parallel and part == "module"):
-            parts.append(part)
-        module = getattr(module, part)
-    return ".".join(parts)
 
 
 # --- running a model ----------------------------------------------------------------------------
@@ -245,9 +213,8 @@ def find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
     if not layers:
         raise ValueError("the model must contain a TailDropout layer to be measured, and has none")
     for own, layer in layers.items():
-        plain = plain_name(model, own)
-        if name in (own, plain) or (name is None and len(layers) == 1):
-            return plain, layer
+        if name in names_of_layer(model, own) or (name is None and len(layers) == 1):
+            return plain_name(model, own), layer
     raise ValueError(
         f"layer must name one of the model's TailDropout layers {sorted(layers)}, got {name!r}"
     )
@@ -273,9 +240,10 @@ def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs)
     return seen[0]
 
 
-def check_ks(ks: Iterable[Width], name: str) -> list[Width]:
+def check_ks(ks: Iterable[Width], name: str, multiple_of: int) -> list[Width]:
     """Of one layer, to be measured."""
-    checked = [check_width(k.item() if isinstance(k, Tensor) else k, name) for k in ks]
+    plain = (k.item() if isinstance(k, Tensor) else k for k in ks)
+    checked = [check_width(k, name, multiple_of) for k in plain]
     if not checked:
         raise ValueError("ks must be at least one k, got none")
     return checked

@@ -1,5 +1,6 @@
 """The record of what goes from a network: made and applied."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.settings import check_multiple_of
 from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-from ..models.width import Widths, check_multiple_of, layer_ks, rounded_up
+from ..models.width import Widths, layer_ks, rounded_up, widths_by_layer
 from .conditions import conditions_of
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
@@ -321,7 +323,7 @@ def plan_pruning(
         all                              212 -> 69   768 -> 240
         provided that all numbers inside the network are finite: zero times an infinite one is NaN
     """
-    layer_ks(model, k, lambda name: 1)  # complains before anything is read
+    widths_by_layer(model, k)  # complains before anything is read
     multiple_of = check_multiple_of(multiple_of)
     reading = Reading(model, example_inputs)
     return _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
@@ -338,7 +340,11 @@ def _plan(
 ) -> PrunePlan:
     n_of = reading.flow.n_of
     asked = layer_ks(model, k, n_of)
-    ks = {name: rounded_up(k, multiple_of, n_of(name)) for name, k in asked.items()}
+    layers = tail_dropouts(model)
+    ks = {
+        name: rounded_up(k, math.lcm(multiple_of, layers[name].multiple_of), n_of(name))
+        for name, k in asked.items()
+    }
     found, small = (cut_as_predicted if check else cut_unread)(model, ks, reading, outputs)
     try:
         after = costs_by_module(small, example_inputs)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from taildropout import TailDropout
 from taildropout.functional import keep_prefix, tail_dropout
 from taildropout.layers.fitted import FittedTailDropout
-from taildropout.lengths import Exponential, Sizes, Uniform
+from taildropout.lengths import Exponential, Full, InGroups, LogUniform, Mixed, Sizes, Uniform
 
 BATCH, FEATURES = 500, 20
 
@@ -218,6 +218,71 @@ def test_using_k_restores_what_was_set_also_where_the_mode_changes_inside():
     with layer.using_k(2):
         layer.eval()
     assert layer.k == 3
+
+
+# --- multiple_of --------------------------------------------------------------------------------
+
+
+def test_with_multiple_of_whole_groups_are_drawn_and_p_is_exact(assert_drawn_from):
+    layer = TailDropout(0.3, multiple_of=4)
+    k = lengths_of(layer(torch.ones(20_000, 24)))
+    assert_drawn_from(k, InGroups(Exponential(0.3), 4).pmf(24))
+    assert_drawn_from(k // 4, Exponential(0.3).pmf(6))
+    assert (k % 4 == 0).all()
+
+
+def test_the_groups_have_the_lengths_that_are_given(assert_drawn_from):
+    layer = TailDropout(lengths=Uniform(), multiple_of=3)
+    k = lengths_of(layer(torch.ones(10_000, 12)))
+    assert_drawn_from(k // 3, Uniform().pmf(4))
+
+
+@BOTH_MODES
+def test_a_width_is_rounded_up_to_whole_groups(training):
+    layer = TailDropout(multiple_of=4).train(training)
+    for width, k in [(0.0, 0), (0.01, 4), (0.25, 4), (1 / 3, 4), (0.34, 8), (0.7, 12), (1.0, 12)]:
+        with layer.using_width(width):
+            assert lengths_of(layer(torch.ones(2, 12))).tolist() == [k, k]
+
+
+@BOTH_MODES
+def test_k_must_be_a_multiple(training):
+    layer = TailDropout(multiple_of=4).train(training)
+    for k in (0, 4, 12, torch.tensor([4, 8])):
+        with layer.using_k(k):
+            assert_equal(layer(x := torch.randn(2, 12)), keep_prefix(x, k))
+    for k in (1, 6, torch.tensor([4, 9])):
+        with pytest.raises(ValueError, match="k must be a multiple of multiple_of=4, got k="):
+            layer.set_k(k)
+    message = "k must be a multiple of multiple_of=4, got k=3"
+    with pytest.raises(ValueError, match=message), layer.using_width(3):
+        pass
+    assert layer.k is None
+
+
+def test_the_number_of_features_must_be_a_multiple():
+    layer, x = TailDropout(multiple_of=4), torch.ones(2, 10)
+    message = "number of features must be a multiple of multiple_of=4, got n=10"
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    for w in (0.5, 4):
+        with pytest.raises(ValueError, match=message), layer.using_width(w):
+            layer(x)
+    assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize(
+    ("multiple_of", "error"),
+    [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)],
+)
+def test_multiple_of_must_be_a_count(multiple_of, error):
+    with pytest.raises(error, match=r"multiple_of must be (an int|at least 1), got"):
+        TailDropout(multiple_of=multiple_of)
+
+
+def test_multiple_of_is_said():
+    assert "multiple_of=4" in repr(TailDropout(multiple_of=4))
+    assert "multiple_of" not in repr(TailDropout())
 
 
 # --- using_width ------------------------------------------------------------------------------
@@ -811,12 +876,31 @@ class TestCompiled:
     @pytest.mark.parametrize("stratified", [True, False])
     @pytest.mark.parametrize(
         "lengths",
-        [Exponential(0.3), Exponential(0.3, min_k=2), Uniform(), Sizes([2, 9], [1, 4])],
+        [
+            Exponential(0.3),
+            Exponential(0.3, min_k=2),
+            Uniform(),
+            Sizes([2, 9], [1, 4]),
+            Mixed([Full(), LogUniform(0.25), Sizes([0.25])], [0.2, 0.6, 0.2]),
+            InGroups(Exponential(0.3), 3),
+        ],
         ids=str,
     )
     def test_training_draws_from_the_given_lengths(self, lengths, stratified, assert_drawn_from):
         fast = compiled(TailDropout(lengths=lengths, stratified=stratified))
         assert_drawn_from(lengths_of(fast(torch.ones(5000, 9))), lengths.pmf(9))
+
+    def test_groups_are_kept_whole_and_nothing_recompiles(self, assert_drawn_from):
+        counter, layer = CompileCounter(), TailDropout(0.3, multiple_of=4)
+        fast, x = compiled(layer, counter), torch.ones(5000, 20)
+        assert_drawn_from(lengths_of(fast(x)), InGroups(Exponential(0.3), 4).pmf(20))
+        layer.p = 0.6
+        assert_drawn_from(lengths_of(fast(x)), InGroups(Exponential(0.6), 4).pmf(20))
+        assert counter.frame_count == 1
+        for width, k in [(0.0, 0), (0.2, 4), (0.21, 8), (1 / 3, 8), (1.0, 20)]:
+            with layer.using_width(width):
+                assert lengths_of(fast(x)).unique().tolist() == [k]
+        assert counter.frame_count == 2
 
     @pytest.mark.parametrize("k", [101, torch.full((64,), 101)], ids=["int", "tensor"])
     def test_a_k_above_the_number_of_features_keeps_all(self, k):

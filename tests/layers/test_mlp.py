@@ -355,7 +355,12 @@ class TestCompiled:
             assert_close(actual, as_sequential(mlp)(x))
 
     @pytest.mark.parametrize(
-        "lengths", [td.lengths.Uniform(min_k=3), td.lengths.Sizes([2, 30], weights=[1, 2])]
+        "lengths",
+        [
+            td.lengths.Uniform(min_k=3),
+            td.lengths.Sizes([2, 30], weights=[1, 2]),
+            td.lengths.Mixed([td.lengths.Full(), td.lengths.LogUniform(0.1)], weights=[1, 3]),
+        ],
     )
     def test_other_lengths(self, lengths):
         mlp = TailMLP(IN, HIDDEN, OUT, lengths=lengths, blocks=4)
@@ -405,3 +410,17 @@ def test_pruning_cuts_it_like_the_sequential(k):
     assert_close(small(x), mlp(x))
     small.train()
     assert_same(small.double(), double(20, IN))
+
+
+def test_groups_of_hidden_features_are_skipped_like_single_ones():
+    mlp = TailMLP(5, 24, 3, blocks=4)
+    mlp.dropout = TailDropout(0.4, multiple_of=4)
+    sequential = mlp.to_sequential()
+    x = torch.randn(64, 5)
+    torch.manual_seed(1)
+    output = mlp(x)
+    drawn = mlp.dropout.drawn_k
+    torch.manual_seed(1)
+    assert_close(output, sequential(x))
+    assert (drawn % 4 == 0).all()
+    assert drawn.unique().numel() > 3

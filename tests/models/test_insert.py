@@ -176,6 +176,167 @@ def test_what_is_inserted_is_a_layer(layer):
         td.insert(Block(), "inner", layer)
 
 
+# -------------------------------------------------------------------------------- at the input
+
+
+@pytest.mark.parametrize("at", ["", "inner", "stack.0", "out", "parts.0"])
+def test_a_layer_at_the_input_cuts_what_the_module_reads(at):
+    model, x = Block(), torch.randn(6, 5)
+    plain, seen = copy.deepcopy(model), []
+    plain.get_submodule(at).register_forward_pre_hook(
+        lambda module, args: (torch.where(torch.arange(args[0].shape[-1]) < 2, args[0], 0),)
+    )
+    layer = td.insert(model, at, TailDropout(), at="input")
+    layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-1]))
+    keys = list(plain.state_dict())
+    assert list(model.state_dict()) == keys
+    with td.at_width(model, 2):
+        assert_close(model(x), plain(x), rtol=0, atol=0)
+    assert len(seen) == 1
+    assert td.remove(model, at) is layer
+    assert not model.get_submodule(at)._forward_pre_hooks_with_kwargs
+    assert_close(model(x), Block.forward(model, x), rtol=0, atol=0)
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attends()
+
+    def forward(self, x):
+        return self.attention(hidden=x, scale=2)
+
+
+class Attends(nn.Module):
+    def forward(self, hidden, scale):
+        return hidden * scale
+
+
+def test_an_input_that_is_given_by_its_name_goes_through_the_layer():
+    model, x = Keywords(), torch.ones(1, 3)
+    td.insert(model, "attention", TailDropout(), at="input").set_k(1)
+    assert model(x).tolist() == [[2, 0, 0]]
+
+
+def test_layers_at_the_input_and_at_the_output_are_two():
+    model, x = nn.Sequential(nn.Identity()), torch.ones(1, 3)
+    first = td.insert(model, "0", TailDropout(), at="input")
+    second = td.insert(model, "0", TailDropout())
+    with first.using_k(2), second.using_k(1):
+        assert model(x).tolist() == [[1, 0, 0]]
+    assert td.remove(model, "0") is second
+    with first.using_k(2):
+        assert model(x).tolist() == [[1, 1, 0]]
+    assert td.remove(model, "0") is first
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_a_layer_of_its_own_at_the_input(duplicate):
+    model, x = Block().eval(), torch.randn(3, 5)
+    layer = td.insert(model, "out", TailDropout(), at="input")
+    copied = duplicate(model)
+    with layer.using_k(0):
+        assert_close(model(x), model.parts[0](model.out.bias).expand(3, 3))
+        assert_close(copied(x), Block.forward(copied, x), rtol=0, atol=0)
+    td.remove(copied, "out")
+    assert list(td.tail_dropouts(model).values()) == [layer]
+    assert td.tail_dropouts(copied) == {}
+
+
+def test_a_sequential_would_run_a_layer_at_its_end():
+    with pytest.raises(ValueError, match=r"'stack' is a Sequential, .* name its first child"):
+        td.insert(Block(), "stack", TailDropout(), at="input")
+
+
+def test_at_is_one_of_two_words():
+    with pytest.raises(ValueError, match='at must be "output" or "input", got \'front\''):
+        td.insert(Block(), "inner", TailDropout(), at="front")
+
+
+@pytest.mark.parametrize("inputs", [(), ("text",), ([torch.ones(2)],)])
+def test_an_input_that_is_no_tensor_is_refused_in_the_call(inputs):
+    class AnyInput(nn.Module):
+        def forward(self, x=None):
+            return x
+
+    model = nn.ModuleDict({"any": AnyInput()})
+    td.insert(model, "any", TailDropout(), at="input")
+    with pytest.raises(TypeError, match="the first input of AnyInput must be a tensor"):
+        model["any"](*inputs)
+
+
+# ------------------------------------------------------------------------------------ insert_each
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.shared = self.blocks[0].inner
+
+    def forward(self, x):
+        return sum(block(x) for block in self.blocks)
+
+
+OUTS = ["blocks.0.out", "blocks.1.out", "blocks.2.out"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("blocks.*.out", OUTS),
+        (r"re:blocks\.[02]\.out", [OUTS[0], OUTS[2]]),
+        (OUTS[1:], OUTS[1:]),
+        (lambda module, name: isinstance(module, nn.Linear) and module.in_features == 5,
+         ["blocks.0.inner", "blocks.1.inner", "blocks.2.inner"]),
+        ("*inner", ["blocks.0.inner", "blocks.1.inner", "blocks.2.inner"]),  # shared is the first
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_each_module_that_matches_gets_a_copy(pattern, names, at):
+    model, layer = Stack(), TailDropout(0.3, multiple_of=2)
+    layers = td.insert_each(model, pattern, layer, at=at)
+    assert list(layers.values()) == list(td.tail_dropouts(model).values())
+    assert list(layers) == names
+    for name, inserted in layers.items():
+        assert inserted is not layer
+        assert inserted is model.get_submodule(name).tail_dropout
+        assert repr(inserted) == repr(layer)
+    for name in layers:
+        td.remove(model, name)
+    assert td.tail_dropouts(model) == {}
+
+
+def test_a_layer_answers_to_the_name_of_its_module():
+    model, x = Stack().eval(), torch.randn(4, 5)
+    td.insert_each(model, "blocks.*.out", TailDropout(), at="input")
+    with td.at_width(model, {"blocks.1.out": 2}):
+        given = model(x)
+    with td.at_width(model, {"blocks.1.out.tail_dropout": 2}):
+        assert_close(model(x), given, rtol=0, atol=0)
+    small = td.prune(model, {"blocks.1.out": 2}, x)
+    assert small.blocks[1].stack[1].out_features == 2
+    curve = td.scree(model, nn.MSELoss(), [(x, torch.randn(4, 3))], layer="blocks.0.out",
+                     ks=[0, 8], progress=False)  # fmt: skip
+    assert curve.layer == "blocks.0.out.tail_dropout"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nowhere", "none fits 'nowhere'"),
+        ([], r"none fits \[\]"),
+        (["blocks.0.out", "blocks.9.out"], "must be that of a module of the model, got 'blocks.9"),
+        (["blocks.0.out", "blocks"], "'blocks' is a ModuleList"),
+    ],
+)
+def test_a_layer_is_inserted_everywhere_or_nowhere(pattern, message):
+    model = Stack()
+    with pytest.raises(ValueError, match=message):
+        td.insert_each(model, pattern, TailDropout())
+    assert td.tail_dropouts(model) == {}
+
+
 # ------------------------------------------------------------------------------------------ remove
 
 
@@ -337,3 +498,10 @@ def test_bad_options_replace_nothing():
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 2"):
         td.replace_dropout(model, p=2)
     assert tail_dropouts(model) == {}
+
+
+def test_what_can_not_be_inserted_everywhere_is_inserted_nowhere():
+    model = Stack()
+    with pytest.raises(ValueError, match="is a Sequential, which would run the layer at its end"):
+        td.insert_each(model, "blocks.*", TailDropout(), at="input")
+    assert td.tail_dropouts(model) == {}

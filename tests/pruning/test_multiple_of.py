@@ -124,3 +124,47 @@ def test_a_budget_is_shared_out_in_multiples():
     assert sum(p.numel() for p in small.parameters()) == path.steps[-1].cost
     with pytest.raises(ValueError, match=r"budget 0.1 is too small: layers of 8 features exceed"):
         td.choose_widths(model, loss, data, 0.1, data[0][0][:2], multiple_of=8)
+
+
+# --- a layer's own -------------------------------------------------------------------------------
+
+
+def in_groups_of(multiple_of, n):
+    model = chain(n, nn.Sigmoid()).double()
+    model[1].multiple_of = multiple_of
+    return model
+
+
+@pytest.mark.parametrize(
+    ("k", "multiple_of", "becomes"),
+    [(4, 1, 4), (0.3, 1, 4), (0.34, 1, 8), (1.0, 1, 12), (0.3, 6, 12), (4, 8, 8), (0.1, 3, 12)],
+)
+def test_a_layer_of_groups_is_cut_to_whole_ones(k, multiple_of, becomes):
+    """Also with a `multiple_of` in the call: to a multiple of both."""
+    model = in_groups_of(4, 12)
+    small = td.prune(model, k, X, multiple_of=multiple_of)
+    assert small[0].out_features == becomes
+    assert_computes(small, model, {"1": becomes}, (3, 5), (7, 5))
+
+
+def test_a_width_says_the_same_to_a_layer_of_groups_and_to_its_pruning():
+    model = in_groups_of(4, 12).eval()
+    for width in (0.01, 0.3, 0.34, 0.67, 1.0):
+        with td.at_width(model, width):
+            expected = model(X)
+        torch.testing.assert_close(td.prune(model, width, X)(X), expected)
+
+
+def test_groups_that_are_cut_through_are_refused():
+    model = in_groups_of(4, 12)
+    with pytest.raises(ValueError, match="k of layer '1' must be a multiple of multiple_of=4"):
+        td.prune(model, 6, X)
+    with pytest.raises(ValueError, match="must be a multiple of multiple_of=4, got n=10"):
+        td.prune(in_groups_of(4, 10), 0.5, X)
+
+
+def test_a_scree_of_groups_has_whole_ones():
+    model, data = in_groups_of(4, 12), [(X, torch.randn(3, 3, dtype=torch.float64))]
+    curve = td.scree(model, nn.MSELoss(), data, progress=False)
+    assert curve.ks == [0, 4, 8, 12]
+    assert td.scree(model, nn.MSELoss(), data, ks=[0.3, 1.0], progress=False).ks == [4, 12]
