@@ -170,12 +170,6 @@ def test_a_fraction_of_n_is_rounded_up(width, n):
     assert k - 1 < exact < k + Fraction(n, 10**8)
 
 
-def test_only_a_fraction_needs_n():
-    assert layer_ks(one_layer(), 3) == {"1": 3}
-    with pytest.raises(TypeError, match=r"k must be an integer here, got 0\.5 for layer '1'"):
-        layer_ks(one_layer(), 0.5)
-
-
 # --- Choice -------------------------------------------------------------------------------------
 
 
