@@ -122,6 +122,25 @@ class Export:
                         found.append((int(source.idx), int(size)))
         return list(dict.fromkeys(found))
 
+    @cached_property
+    def compared(self) -> list[tuple[sympy.Basic, dict[sympy.Symbol, tuple[int, int]]]]:
+        """What code other than torch's compared, as it did: also of sizes that turned out to be
+        numbers later. With the dim and the size that each symbol stood for."""
+        found: dict[sympy.Basic, dict[sympy.Symbol, tuple[int, int]]] = {}
+        for environment in self._environments:
+            in_torch_2_6 = not hasattr(environment, "backed_var_to_val")
+            stood_for = environment.var_to_val if in_torch_2_6 else environment.backed_var_to_val
+            for guard in environment.guards:
+                if not _of_torch(guard):
+                    found[guard.expr] = {
+                        symbol: (
+                            int(environment.var_to_sources[symbol][0].idx),
+                            int(stood_for[symbol]),
+                        )
+                        for symbol in guard.expr.free_symbols
+                    }
+        return list(found.items())
+
     def values_at(self, inputs: Inputs) -> dict[sympy.Symbol, int] | None:
         """What the symbols are at other inputs; None where these are of other fixed sizes."""
         values: dict[sympy.Symbol, int] = {}

@@ -73,10 +73,11 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
     if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
         raise PruningError("the example inputs must hold at least one sample")
     traced = traceable(model)
-    first = _export_of_example(traced, example_inputs, knows)
+    attempts = _exports_of_example(traced, example_inputs, knows)
+    first = attempts[-1]
     usual = cache(lambda: _functions_called(traced, example_inputs))
     exports, unread = [first], []
-    waiting = [*_neighbours(first), *_turns(first)]
+    waiting = [*_neighbours(first), *_turns(first), *_turns_of_numbers(attempts)]
     while waiting:
         turn = waiting.pop(0)
         if any(known.covers(turn.inputs) for known in exports):
@@ -102,21 +103,23 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
     return Paths(exports, [*unread, *_beyond_numbers(exports)])
 
 
-def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> Export:
+def _exports_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> list[Export]:
+    """The last is the one to use; those before have symbols for sizes that have to be numbers."""
     tensors = tensors_of(as_arguments(example_inputs))
     symbols = [set(range(x.ndim)) for x in tensors]
+    attempts: list[Export] = []
     try:
-        found = export(traced, example_inputs, symbols, knows)
-        tied = _tied_to_numbers(found)
+        attempts.append(export(traced, example_inputs, symbols, knows))
+        tied = _tied_to_numbers(attempts[-1])
         if any(tied):
             symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
-            found = export(traced, example_inputs, symbols, knows)
-        if not any(_tied_to_numbers(found)):
-            return found
+            attempts.append(export(traced, example_inputs, symbols, knows))
+        if not any(_tied_to_numbers(attempts[-1])):
+            return attempts
     except Exception:  # the sizes of some models can't be symbols
         pass
     try:
-        return export(traced, example_inputs, [set() for _ in tensors], knows)
+        return [*attempts, export(traced, example_inputs, [set() for _ in tensors], knows)]
     except Exception as error:
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
@@ -190,6 +193,20 @@ def _turns(export: Export) -> Iterator[_Turn]:
         yield _Turn("sizes of one", export.resized({**own, **ones}), True, one_by_one)
 
 
+def _turns_of_numbers(attempts: list[Export]) -> Iterator[_Turn]:
+    """The same of comparisons of sizes that turned out to be numbers later in the model's code."""
+    first = attempts[-1]
+    for relation, own in (found for attempt in attempts for found in attempt.compared):
+        sizes = {symbol: size for symbol, (_, size) in own.items()}
+        for symbol, (dim, size) in own.items():
+            if (dim, size) not in first.numbers:
+                continue
+            for other in _candidates(relation, size):
+                if relation.subs({**sizes, symbol: other}) == sympy.false:
+                    yield _turn_of_number(first, dim, size, other)
+                    break
+
+
 def _sets_one_apart(relation: Any) -> bool:
     """Whether it holds of all numbers but 1, as `x > 1` and `x != 1` do."""
     if len(relation.args) != 2 or not any(side.is_number for side in relation.args):
@@ -208,20 +225,20 @@ def _candidates(relation: sympy.Basic, own: int) -> list[int]:
 
 def _neighbours(export: Export) -> Iterator[_Turn]:
     """The neighbours of sizes that the model's code uses as numbers, and one further away."""
-    tensors = tensors_of(as_arguments(export.inputs))
     for dim, size in export.numbers:
         for other in (size - 1, size + 1, 4 * size + 1):
-            shapes = [
-                [
-                    other if (d, actual) == (dim, size) else actual
-                    for d, actual in enumerate(tensor.shape)
-                ]
-                for tensor in tensors
-            ]
             if other > 0:
-                words = f"size {other} instead of {size} in dim {dim}"
-                far = abs(other - size) > 1
-                yield _Turn(words, of_shapes(export.inputs, shapes), alone=True, far=far)
+                yield _turn_of_number(export, dim, size, other, far=abs(other - size) > 1)
+
+
+def _turn_of_number(export: Export, dim: int, size: int, other: int, far: bool = False) -> _Turn:
+    """Inputs in which a dim of this size has another one."""
+    shapes = [
+        [other if (d, actual) == (dim, size) else actual for d, actual in enumerate(tensor.shape)]
+        for tensor in tensors_of(as_arguments(export.inputs))
+    ]
+    words = f"size {other} instead of {size} in dim {dim}"
+    return _Turn(words, of_shapes(export.inputs, shapes), alone=True, far=far)
 
 
 def _beyond_numbers(exports: list[Export]) -> Iterator[str]:
