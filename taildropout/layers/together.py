@@ -31,6 +31,7 @@ class Pass:
         self.outermost = outermost  # the module that is called from outside
         self.of_several_calls = outermost is None
         self.around = around  # in backward: the pass of which this one is computed again
+        self.kept = False  # whether its layers can be looked up, as those in compiled code can't
         self.over = False
 
 
@@ -81,7 +82,7 @@ class Together:
                 self._open_again(module, self._count_samples(module, args, kwargs))
             return
         if now is not None and not (eager and now.over):
-            if now.of_several_calls and now.outermost is None:
+            if eager and now.of_several_calls and now.outermost is None:
                 now.outermost = module
             if now.of_several_calls or now.outermost is not module:
                 return  # a part of the pass that goes on
@@ -158,8 +159,9 @@ class Together:
     def _reopen_in_backward(self, now: Pass, output: Any) -> None:
         """Have the pass open when backward reaches it: compiled code can look nothing up."""
         if torch.is_grad_enabled():
-            for node in {tensor.grad_fn for tensor in _tensors_of(output)} - {None}:
-                node.register_prehook(_Reopen(self, now))
+            for node in {tensor.grad_fn for tensor in _tensors_of(output)}:
+                if node is not None:
+                    node.register_prehook(_Reopen(self, now))
 
     def _count_samples(self, module: nn.Module, args: Any, kwargs: Any) -> int | None:
         """From what the module is called with; None: its first layer decides."""
@@ -212,10 +214,13 @@ class Together:
             now.draw = _draw_of_seed(now.seed, count)
         if may_be_recomputed() and (state := random_state()) is not None:
             self._calls.keep((now.seed, len(now.draw.uniforms)), "layer", state, count)
+            now.kept = True
         return now.draw
 
     def _look_up(self, count: int) -> Draw:
         found = self._calls.find("layer", random_state(), count)
+        if found is None and self.now is not None and self.now.draw and not self.now.kept:
+            return self.now.draw  # it was compiled, and no longer is
         if found is None:
             raise RuntimeError(
                 "a layer that is drawn together must be computed in backward as it was in the "
@@ -258,7 +263,8 @@ def _draw_seed() -> Tensor:
 
 def _draw_of_seed(seed: Tensor, samples: int) -> Draw:
     if torch.compiler.is_compiling():
-        return Draw(*_uniforms_of_seed(seed, samples), torch.device("cpu"))
+        uniforms, rank = _uniforms_of_seed(seed, samples)
+        return Draw(uniforms, rank, torch.device("cpu"))
     try:
         generator = torch.Generator().manual_seed(int(seed))
     except RuntimeError:  # of a seed that has no one value, as inside vmap

@@ -105,7 +105,8 @@ class DrawnTogether:
             layer.together = self._together
         for together in before.values():
             if together is not None:
-                together.layers = [x for x in together.layers if x.together is together]
+                for layer in layers.values():
+                    together.replace(layer)
                 if not together.layers:
                     _drop_hooks(model, together)
         for module in _modules_above(model, set(layers.values())):
