@@ -179,6 +179,11 @@ class Dataflow:
             "running the model on the example inputs"
         )
 
+    @property
+    def never_called(self) -> list[str]:
+        """The layers that no path through the model's code calls."""
+        return [name for name in self.layers if name not in self._called_with]
+
     def calls(self) -> list[Operation]:
         """The calls of all layers, in the order of computation."""
         return [o for o in self.operations.values() if o.target is LAYER]

@@ -1,6 +1,7 @@
 """From what users say of widths to the k of each layer; a model at a width, and as it was."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -78,13 +79,33 @@ def widths_by_layer(model: nn.Module, widths: Widths) -> dict[str, Width]:
     }
 
 
-def layer_ks(model: nn.Module, widths: Widths, n_of: Callable[[str], int]) -> dict[str, int]:
-    """The k of each layer that is spoken of; `n_of` gives the n of a layer, for a fraction."""
-    layers = tail_dropouts(model)
+def layer_ks(
+    model: nn.Module,
+    widths: Widths,
+    n_of: Callable[[str], int],
+    never_called: Collection[str] = (),
+) -> dict[str, int]:
+    """The k of each layer that is spoken of; `n_of` gives the n of a layer, for a fraction.
+
+    Layers that the model never calls are left out, unless they are spoken of by name, or are all.
+    """
+    layers, given = tail_dropouts(model), widths_by_layer(model, widths)
+    named = widths if isinstance(widths, Mapping) else {}
+    called = {name: w for name, w in given.items() if name not in never_called or name in named}
     return {
         name: width if isinstance(width, int) else k_at(width, n_of(name), layers[name].multiple_of)
-        for name, width in widths_by_layer(model, widths).items()
+        for name, width in (called or given).items()
     }
+
+
+def warn_of_never_called(names: Collection[str]) -> None:
+    """Such a layer does nothing, though it was meant to."""
+    if names:
+        warnings.warn(
+            f"the model never calls its TailDropout layers {sorted(names)}, so they cut nothing: "
+            "insert them at modules that it calls, or remove them",
+            stacklevel=3,
+        )
 
 
 def check_width(width: Any, name: str, multiple_of: int) -> Width:
@@ -221,23 +242,24 @@ def find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
 
 
 def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> int:
-    """n of the layer, by running the model once."""
-    seen: list[int] = []
+    """n of the layer, by running the model once; warns of layers that it never calls."""
+    seen: dict[TailDropout, set[int]] = {other: set() for other in tail_dropouts(model).values()}
 
     def look(module: TailDropout, args: Any, output: Tensor) -> None:
         if isinstance(module, FittedTailDropout):  # zeros come behind its features
-            seen.append(module.width)
+            seen[module].add(module.width)
         else:
-            seen.append(output.shape[module.dropout_dim])
+            seen[module].add(output.shape[module.dropout_dim])
 
-    with hooked({layer: look}):
+    with hooked(dict.fromkeys(seen, look)):
         call(model, inputs)
-    if len(set(seen)) != 1:
+    if len(seen[layer]) != 1:
         raise ValueError(
             f"layer {name!r} must be called by the model with one number of features, "
-            f"got {seen or 'no call'}"
+            f"got {sorted(seen[layer]) or 'no call'}"
         )
-    return seen[0]
+    warn_of_never_called([name for name, m in tail_dropouts(model).items() if not seen[m]])
+    return seen[layer].pop()
 
 
 def check_ks(ks: Iterable[Width], name: str, multiple_of: int) -> list[Width]:

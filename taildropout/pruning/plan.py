@@ -12,7 +12,7 @@ from ..layers.settings import check_multiple_of
 from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
-from ..models.width import Widths, layer_ks, rounded_up, widths_by_layer
+from ..models.width import Widths, layer_ks, rounded_up, warn_of_never_called, widths_by_layer
 from .conditions import conditions_of
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
@@ -326,7 +326,9 @@ def plan_pruning(
     widths_by_layer(model, k)  # complains before anything is read
     multiple_of = check_multiple_of(multiple_of)
     reading = Reading(model, example_inputs)
-    return _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
+    plan = _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
+    warn_of_never_called([name for name in reading.flow.never_called if name not in plan.k])
+    return plan
 
 
 def _plan(
@@ -339,7 +341,7 @@ def _plan(
     check: bool,
 ) -> PrunePlan:
     n_of = reading.flow.n_of
-    asked = layer_ks(model, k, n_of)
+    asked = layer_ks(model, k, n_of, reading.flow.never_called)
     layers = tail_dropouts(model)
     ks = {
         name: rounded_up(k, math.lcm(multiple_of, layers[name].multiple_of), n_of(name))

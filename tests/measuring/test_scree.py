@@ -623,3 +623,18 @@ def test_a_pruned_network_that_was_cut_on_one_side_only(side):
     small_scree = td.scree(small, nn.MSELoss(), data, progress=False)
     assert small_scree.ks == [0, 1, 2, 3, 4]
     assert_close(small_scree.loss, large_scree.loss, rtol=1e-5, atol=1e-7)
+
+
+def test_a_layer_that_is_never_called_is_warned_of():
+    class CallsOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.never = TailDropout(), TailDropout()
+
+        def forward(self, x):
+            return self.called(x)
+
+    data = [(torch.randn(4, 3), torch.randn(4, 3))]
+    with pytest.warns(UserWarning, match=r"never calls its TailDropout layers \['never'\]"):
+        curve = scree(CallsOne(), nn.MSELoss(), data, layer="called")
+    assert curve.ks == [0, 1, 2, 3]

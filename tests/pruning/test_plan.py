@@ -648,3 +648,26 @@ def test_a_module_that_insists_on_its_width_keeps_it():
     assert small[-1].weight.shape == (3, 4)
     plan = td.plan_pruning(chain(4, OfFour()), 2, torch.randn(3, 5))
     assert "has sizes in the model's code" in plan.summary()
+
+
+class CallsOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.dropout = nn.Linear(5, 8), td.TailDropout()
+        self.never, self.last = td.TailDropout(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.dropout(self.first(x)))
+
+
+@pytest.mark.parametrize("k", [0.5, {"*": 4}, {"dropout": 4}])
+def test_a_layer_that_is_never_called_is_warned_of_and_left_out(k):
+    with pytest.warns(UserWarning, match=r"never calls its TailDropout layers \['never'\]"):
+        plan = td.plan_pruning(CallsOne(), k, torch.randn(2, 5))
+    assert plan.k == {"dropout": 4}
+
+
+@pytest.mark.parametrize("k", [{"never": 4}, {"never": 0.5}])
+def test_a_layer_that_is_never_called_is_not_cut_by_its_name(k):
+    with pytest.raises(PruningError, match=r"'never' must be called .* got no call"):
+        td.plan_pruning(CallsOne(), k, torch.randn(2, 5))
