@@ -140,10 +140,12 @@ class Together:
         """End the pass."""
         if self.now is None:
             return
-        self.drawn = self.now.draw
+        eager = not torch.compiler.is_compiling()
+        if not (eager and in_backward()):
+            self.drawn = self.now.draw
         self.now.over = True
         self.now = self.now.around
-        if not torch.compiler.is_compiling():
+        if eager:
             _draw_seed()  # no later call sees a random state of this pass, unless it is put back
 
     def _open_again(self, outermost: nn.Module | None, samples: int | None) -> bool:

@@ -53,6 +53,7 @@ def draw_together(model: nn.Module, pattern: str = "*", *, rows: Rows = None) ->
             checkpoint computes again without the random state of the forward pass.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(TailDropout(), nn.ReLU(), TailDropout())
         >>> handle = draw_together(model)
         >>> kept = model(torch.ones(8, 16))
@@ -127,6 +128,7 @@ class DrawnTogether:
             samples: how many samples the pass has. None: the first layer decides.
 
         Example:
+            >>> import torch
             >>> model = nn.ModuleDict({"encoder": TailDropout(), "decoder": TailDropout()})
             >>> handle = draw_together(model)
             >>> with handle.one_pass():
