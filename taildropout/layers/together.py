@@ -24,13 +24,11 @@ class Pass:
         seed: Tensor,
         draw: Draw | None,
         outermost: nn.Module | None,
-        around: "Pass | None" = None,
     ) -> None:
         self.seed = seed
         self.draw = draw  # None until the first layer says how many samples there are
         self.outermost = outermost  # the module that is called from outside
         self.of_several_calls = outermost is None
-        self.around = around  # in backward: the pass of which this one is computed again
         self.kept = False  # whether its layers can be looked up, as those in compiled code can't
         self.over = False
 
@@ -104,7 +102,7 @@ class Together:
                 f"a pass of {type(module).__name__} ended inside itself, as where a module calls "
                 "itself: call it inside one_pass()"
             )
-        if now is None or now.over or now.outermost is not module:
+        if now is None or now.outermost is not module:
             return
         if eager:
             self._reopen_in_backward(now, output)
@@ -144,7 +142,7 @@ class Together:
         if not (eager and in_backward()):
             self.drawn = self.now.draw
         self.now.over = True
-        self.now = self.now.around
+        self.now = None
         if eager:
             _draw_seed()  # no later call sees a random state of this pass, unless it is put back
 
@@ -155,7 +153,7 @@ class Together:
             return False
         _draw_seed()  # as when it began
         draw = None if samples is None else _draw_of_seed(seed, samples)
-        self.now = Pass(seed, draw, outermost, around=self.now)
+        self.now = Pass(seed, draw, outermost)
         return True
 
     def _reopen_in_backward(self, now: Pass, output: Any) -> None:

@@ -660,6 +660,40 @@ def test_without_the_random_state_the_pass_is_unknown(use_reentrant, whole, forw
         outputs[0].sum().backward()
 
 
+@BOTH
+def test_the_same_seed_for_batches_of_other_sizes(run):
+    def step(model):
+        losses = []
+        for size in (12, 7):
+            x = torch.randn(size, 5)
+            torch.manual_seed(5)
+            losses.append(model(x).square().sum())
+        return losses
+
+    model = Network()
+    for block in model.blocks:
+        block[1].p = 0.0
+    draw_together(model)
+    assert_close(gradients_of(model, run, step), gradients_of(model, None, step))
+
+
+def test_after_an_error_in_backward_the_next_pass_is_a_new_one():
+    model = Network()
+    handle = draw_together(model)
+
+    def fail(_):
+        raise RuntimeError("stop")
+
+    hook = model.stem.register_forward_hook(
+        lambda _, __, output: output.register_hook(fail) and None
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        model(torch.randn(12, 5)).sum().backward()
+    hook.remove()
+    model.blocks[0](torch.randn(7, 6))
+    assert handle.drawn_u.shape == (7,)
+
+
 def test_k_set_in_between_is_seen():
     """Where a checkpoint computes the layer again under another k."""
     for run in (reentrant, not_reentrant):
@@ -826,6 +860,15 @@ class TestCompile:
         actual = gradients_of_compiled(model, run, step)
         assert_close(actual, (expected[0], expected[2]))
 
+    def test_after_backward_a_compiled_block_has_passes_of_its_own(self):
+        model = Network()
+        handle = draw_together(model)
+        model.blocks[0].compile(backend="eager")
+        model(torch.randn(12, 5)).sum().backward()
+        before = handle.drawn_u
+        model.blocks[0](torch.randn(12, 6))
+        assert not torch.equal(handle.drawn_u, before)
+
     @BOTH
     def test_compiled_blocks_with_a_graph_break(self, run):
         class Breaking(nn.Sequential):
@@ -957,11 +1000,12 @@ def test_hooks_of_a_new_process_do_not_take_the_place_of_those_in_a_file(monkeyp
     model = Network()
     draw_together(model)
     file = pickle.dumps(model)
-    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)
+    first = min(*model._forward_hooks, *model._forward_pre_hooks)
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", first)
     twin = pickle.loads(file)
-    for _ in range(100):
-        twin.register_forward_hook(lambda *_: None)
+    for _ in range(3):
         twin.register_forward_pre_hook(lambda *_: None)
+        twin.register_forward_hook(lambda *_: None)
     twin(torch.randn(50, 5))
     assert of_one_width(*drawn(twin))
 
