@@ -25,9 +25,11 @@ def may_be_recomputed() -> bool:
 
 
 def random_state() -> int | None:
-    """The state of torch's generator on the CPU, hashed; None where no values can be looked at."""
-    state = torch.get_rng_state()
-    return hash(state.numpy().tobytes()) if type(state) is Tensor else None
+    """The state of torch's generator on the CPU, hashed; None among fake tensors."""
+    try:
+        return hash(torch.get_rng_state().numpy().tobytes())
+    except (AssertionError, RuntimeError):
+        return None
 
 
 class Calls:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
@@ -1055,6 +1056,16 @@ def test_an_ensemble_under_vmap(randomness):
         seen = k[member] > 0
         assert of_one_width(k[member][seen], first[member][seen].round())
     assert torch.equal(k[0], k[1]) is (randomness == "same")
+
+
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("fake", [True, False])
+def test_without_values(fake, recording):
+    with FakeTensorMode() if fake else torch.device("meta"), torch.set_grad_enabled(recording):
+        model = nn.Sequential(nn.Linear(5, 6), TailDropout(), nn.Linear(6, 7), TailDropout())
+        handle = draw_together(model)
+        assert model(torch.ones(3, 5)).shape == (3, 7)
+        assert handle.drawn_u.shape == model[3].drawn_k.shape == (3,)
 
 
 def test_layers_that_are_inserted():
