@@ -160,11 +160,10 @@ class DrawnTogether:
 
 
 def _modules_above(model: nn.Module, layers: set[TailDropout]) -> Iterator[nn.Module]:
-    """The model, and every module with one of the layers in it, down to the layers themselves."""
+    """The model, and every other module with one of the layers in it."""
     for module in model.modules():
-        if module is model or (
-            unwrapped(module) is module and any(inner in layers for inner in module.modules())
-        ):
+        inner = set(module.modules()) - {module}
+        if module is model or (unwrapped(module) is module and not inner.isdisjoint(layers)):
             yield module
 
 
