@@ -19,12 +19,7 @@ from .recomputing import Calls, in_backward, may_be_recomputed, random_state
 class Pass:
     """One call of the network, or several calls of its parts that are one pass."""
 
-    def __init__(
-        self,
-        seed: Tensor,
-        draw: Draw | None,
-        outermost: nn.Module | None,
-    ) -> None:
+    def __init__(self, seed: Tensor, draw: Draw | None, outermost: nn.Module | None) -> None:
         self.seed = seed
         self.draw = draw  # None until the first layer says how many samples there are
         self.outermost = outermost  # the module that is called from outside
