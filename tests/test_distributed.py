@@ -16,10 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 import taildropout as td
 from taildropout import Scree, TailDropout, TailMLP
+from taildropout.draws import Draw, inverse_cdf
+from taildropout.lengths import Exponential
 
 pytestmark = pytest.mark.slow
 
 N = 6
+CPU = torch.device("cpu")
 SECONDS = 120  # for a hang to be noticed, far more than anything here takes
 
 
@@ -230,6 +233,75 @@ def test_each_process_draws_its_own_ks(processes, wrap, network):
 def test_the_keys_of_the_state_dict_are_those_of_the_plain_model(processes, wrap, network):
     for _, _, keys in processes.run(gradients, network, wrap, None):
         assert keys == list(network().state_dict())
+
+
+# --- drawn together ------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    """Its blocks, with their layers, are at a checkpoint each, or not."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, N), nn.Tanh(), TailDropout())
+        self.second = nn.Sequential(TailMLP(N, 9, N, blocks=3), nn.Linear(N, 3))
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for block in (self.first, self.second):
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
+def two_layers(checkpointed=False):
+    torch.manual_seed(0)
+    return TwoLayers(checkpointed)
+
+
+def fully_sharded_blocks(model):
+    """Each block by itself, then the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in (model.first, model.second):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gradients_together(wrap, wrapped_before, checkpointed):
+    """Of one step: the uniforms, the ks of both layers, and the gradients by name."""
+    rank = dist.get_rank()
+    model = two_layers(checkpointed)
+    model = wrap(model) if wrapped_before else model
+    handle = td.draw_together(model)
+    model = model if wrapped_before else wrap(model)
+    inputs, target = rows(rank * SIZE, (rank + 1) * SIZE)
+    torch.manual_seed(rank)
+    nn.functional.mse_loss(model(inputs), target).backward()
+    ks = [layer.drawn_k.tolist() for layer in td.tail_dropouts(model).values()]
+    named = {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters()}
+    return handle.drawn_u.tolist(), ks, {name: grad.tolist() for name, grad in named.items()}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("wrapped_before", [True, False])
+@pytest.mark.parametrize("wrap", [data_parallel, fully_sharded_blocks])
+def test_drawn_together_each_process_has_its_own_pass(
+    processes, wrap, wrapped_before, checkpointed
+):
+    results = processes.run(gradients_together, wrap, wrapped_before, checkpointed)
+    assert len({tuple(uniforms) for uniforms, *_ in results}) == processes.world
+    model = two_layers()
+    for (uniforms, ks, _), n in ((result, n) for result in results for n in (N, 9)):
+        expected = inverse_cdf(
+            Exponential(0.5), n, Draw(torch.tensor(uniforms).double(), None, CPU)
+        )
+        assert_close(torch.tensor(ks[(N, 9).index(n)]), expected)
+    for layer, index in zip(td.tail_dropouts(model).values(), (0, 1), strict=True):
+        layer.set_k(torch.tensor([k for _, ks, _ in results for k in ks[index]]))
+    inputs, target = rows(0, processes.world * SIZE)
+    nn.functional.mse_loss(model(inputs), target).backward()
+    expected = {name: p.grad.tolist() for name, p in model.named_parameters()}
+    for *_, actual in results:
+        assert_equal_gradients(actual, expected)
 
 
 # --- activation checkpointing ---------------------------------------------------------------------

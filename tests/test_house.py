@@ -131,6 +131,7 @@ def test_every_public_name_stands_in_the_reference():
 # ------------------------------------------------------- what the package brings along and promises
 
 EXTRAS = ["matplotlib", "pandas", "sklearn", "plotly", "PIL", "onnx", "transformers", "rich"]
+EXTRAS += ["accelerate", "lightning", "peft", "sentence_transformers", "skorch"]
 
 
 def imported_extras(before=""):

@@ -89,7 +89,7 @@ def test_a_tail_mlp_is_watched_by_its_dropout():
 
 def test_a_model_with_one_layer_is_watched_by_it():
     model = nn.Sequential(nn.Linear(3, N), nn.Sequential(TailDropout()))
-    assert LiveScree(model).layer is model[1][0]
+    assert LiveScree(model).layers == [model[1][0]]
     with pytest.raises(ValueError, match=r"one of the model's .* \['1.0', '2'\], got None"):
         LiveScree(model.append(TailDropout()))
     with pytest.raises(ValueError, match="must contain a TailDropout layer"):
@@ -118,7 +118,7 @@ def test_what_cannot_be_taken_in_is_refused():
     live = LiveScree(layer)
     with pytest.raises(ValueError, match="there is no loss yet"):
         live.result()
-    with pytest.raises(RuntimeError, match="must have drawn a k"):
+    with pytest.raises(RuntimeError, match="must have drawn a k since"):
         live.update(torch.ones(3))
     layer(torch.ones(3, N))
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(\)"):
@@ -127,3 +127,96 @@ def test_what_cannot_be_taken_in_is_refused():
         live.update(torch.tensor([1.0, float("nan"), 1.0]))
     with pytest.raises(ValueError, match="half_life must be above 0 updates, got 0"):
         LiveScree(layer, half_life=0)
+
+
+def test_losses_of_an_evaluation_or_of_the_same_batch_again_are_refused():
+    layer = TailDropout()
+    live = LiveScree(layer)
+    layer(torch.ones(3, N))
+    live.update(torch.ones(3))
+    with pytest.raises(RuntimeError, match="drawn a k since the last update"):
+        live.update(torch.ones(3))
+    layer.eval()(torch.ones(3, N))
+    with pytest.raises(RuntimeError, match="in training, and the layer is in eval"):
+        live.update(torch.ones(3))
+
+
+# --- a network that is drawn together ------------------------------------------------------------
+
+
+def network(lengths):
+    model = nn.Sequential(
+        TailDropout(lengths=lengths), nn.Linear(8, 40), TailDropout(lengths=lengths)
+    )
+    td.draw_together(model)
+    return model
+
+
+def test_a_network_is_measured_by_its_width():
+    model = network(td.lengths.Uniform(0))
+    live = LiveScree(model)
+    ks, losses = [], []
+    for _ in range(20):
+        model(torch.randn(50, 8))
+        loss = torch.randn(50).double() + model[2].drawn_k
+        live.update(loss)
+        ks.append(model[2].drawn_k)
+        losses.append(loss)
+    result, ks, losses = live.result(), torch.cat(ks), torch.cat(losses)
+    assert (result.layer, result.count) == ("*", 1000)
+    assert result.ks == [i / 32 for i in range(33)]
+    for width, mean in zip(result.ks, result.loss, strict=True):
+        near = (ks / 40 - width).abs() < 1 / 32
+        assert losses[near].min() <= mean <= losses[near].max()
+        assert mean.item() == pytest.approx(40 * width, abs=1.5)
+
+
+def test_with_the_features_of_a_layer_it_is_that_layers_curve():
+    model = network(None)
+    live, alone = LiveScree(model, features=40), LiveScree(model[2])
+    for size in (20, 30):
+        model(torch.randn(size, 8))
+        loss = torch.randn(size)
+        live.update(loss)
+        alone.update(loss)
+    actual, expected = live.result(), alone.result()
+    assert actual.ks == [k / 40 for k in expected.ks]
+    assert_close(actual.loss, expected.loss)
+    assert_close(actual.cov, expected.cov, equal_nan=True)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_network_is_measured_by_its_width():
+    model = network(td.lengths.Uniform(0))
+    live, alone = LiveScree(model), LiveScree(model[2])
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(5):
+        model[1].weight.data.fill_(0)
+        model[1].bias.data.fill_(1)
+        k = fast(torch.randn(500, 8)).sum(1)
+        live.update(k)
+        with pytest.raises(RuntimeError, match="In compiled code a layer does not keep it"):
+            alone.update(k)
+    result = live.result()
+    assert_close(result.loss, 40 * torch.tensor(result.ks).double(), rtol=0, atol=1.25)
+
+
+def test_a_network_without_one_width_is_refused():
+    apart = nn.Sequential(TailDropout(), TailDropout())
+    with pytest.raises(ValueError, match="one of the model's"):
+        LiveScree(apart)
+    td.draw_together(apart, "0")
+    with pytest.raises(ValueError, match="one of the model's"):
+        LiveScree(apart)
+    with pytest.raises(ValueError, match="drawn together: draw_together"):
+        LiveScree(TailDropout(), features=8)
+    with pytest.raises(ValueError, match="features must be at least 1, got 0"):
+        LiveScree(apart[0], features=0)
+    td.draw_together(apart)
+    live = LiveScree(apart)
+    with pytest.raises(RuntimeError, match="drawn a k since"):
+        live.update(torch.ones(3))
+    apart[1].p = 0.2
+    apart(torch.ones(3, 8))
+    with pytest.raises(ValueError, match=r"equal lengths .*Exponential\(p=0.5.*p=0.2"):
+        live.update(torch.ones(3))
