@@ -10,6 +10,7 @@ from .models.insert import insert, insert_each, remove, replace_dropout, tail_dr
 from .models.width import Choice, at_width
 from .pruning.budget import WidthPath, WidthStep, choose_widths
 from .pruning.finalize import finalize
+from .pruning.nest import Place, Places, places
 from .pruning.plan import PrunePlan, plan_pruning, prune
 from .pruning.recalibrate import recalibrate
 from .pruning.sweep import Sweep, SweepPoint
@@ -19,8 +20,9 @@ from .showing.report import report
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "Choice", "LiveScree", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint",
-    "TailDropout", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draws",
-    "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned", "plan_pruning",
-    "prune", "recalibrate", "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
+    "Choice", "LiveScree", "Place", "Places", "PrunePlan", "PruningError", "Scree", "Sweep",
+    "SweepPoint", "TailDropout", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths",
+    "draws", "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned", "places",
+    "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report", "save_pruned",
+    "scree", "tail_dropouts",
 ]
