@@ -54,15 +54,36 @@ class Draw:
 
     A stratified draw stands in increasing order, the entry i in [i, i + 1) / count, and knows the
     rank of each sample. Independent numbers stand in the order of the samples, without a rank.
+    Where samples have several rows each, that holds for the samples, and their numbers are
+    repeated.
     """
 
     uniforms: Tensor  # (count,), float64
     rank: Tensor | None  # (count,), int64
     device: torch.device  # where the ks live
+    times: int = 1  # rows per sample
 
     def by_sample(self, values: Tensor) -> Tensor:
         """What was made of the uniforms, in the order of the samples."""
         return values if self.rank is None else values.gather(0, self.rank)
+
+    def most_above(self, lengths: Lengths, n: int, k: int) -> int:
+        """How many rows of a stratified draw are above k at most."""
+        return self.times * most_above(lengths, n, k, len(self.uniforms) // self.times)
+
+    def repeated(self, times: int, *, adjacent: bool) -> "Draw":
+        """A stratified draw for rows of which each sample has several, side by side or not."""
+        assert self.rank is not None
+        copies = torch.arange(times, device=self.rank.device)
+        first = self.rank * times
+        rank = first[:, None] + copies if adjacent else first + copies[:, None]
+        uniforms = self.uniforms.repeat_interleave(times)
+        return Draw(uniforms, rank.flatten(), self.device, times)
+
+    def to(self, device: torch.device) -> "Draw":
+        """The draw for samples on another device."""
+        rank = None if self.rank is None else self.rank.to(device)
+        return Draw(self.uniforms.to(_place(device)), rank, device, self.times)
 
 
 def draw_uniforms(
@@ -74,13 +95,18 @@ def draw_uniforms(
 ) -> Draw:
     """A draw for `count` samples; the arguments are those of `draw`."""
     device = torch.device(device)
-    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    place = _place(device)
     u = torch.rand(count, dtype=torch.float64, device=place, **_from(generator))
     if not stratified:
         return Draw(u, None, device)
     stratum = torch.arange(count, dtype=torch.float64, device=place)
     u = u.add_(stratum).div_(max(count, 1))
     return Draw(u, torch.randperm(count, device=device, **_from(generator)), device)
+
+
+def _place(device: torch.device) -> torch.device:
+    """Where the uniforms of samples on a device live: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def inverse_cdf(lengths: Lengths, n: int, draw: Draw) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from ..draws import Draw, draw_uniforms, inverse_cdf, most_above
+from ..draws import Draw, draw_uniforms, inverse_cdf
 from ..lengths import Lengths, lengths_or_exponential
 from .checks import count_samples, resolve_dims, spread
 from .prefix import zero_tail
@@ -120,7 +120,7 @@ def tail_mlp_of_draw(
 
     starts = sorted({n * block // blocks for block in range(blocks)})
     widths = [end - start for start, end in zip(starts, [*starts[1:], n], strict=True)]
-    counts = tuple(most_above(lengths, n, start, count) for start in starts)
+    counts = tuple(draw.most_above(lengths, n, start) for start in starts)
     biases = [None] * len(starts) if bias1 is None else bias1.split(widths)
     parts = []
     for start, width, rows_b, weight1_b, bias1_b, weight2_b in zip(

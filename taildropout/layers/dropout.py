@@ -19,7 +19,9 @@ from ..functional.checks import (
 )
 from ..functional.prefix import zero_tail
 from ..lengths import Exponential, InGroups, Lengths, check_lengths, lengths_or_exponential
+from .recomputing import SettingsOfCalls, in_backward
 from .settings import SetK, SetWidth, check_groups, check_multiple_of, width_or_k
+from .together import Together
 
 
 class TailDropout(nn.Module):
@@ -72,7 +74,12 @@ class TailDropout(nn.Module):
     """
 
     drawn_k: Tensor | None = None
-    """The k that was drawn last in training: one for each index of `batch_dim`."""
+    """The k that was drawn last in training: one for each index of `batch_dim`.
+
+    Compiled code does not keep it."""
+
+    together: Together | None = None
+    """What the layer shares with those that are drawn together with it."""
 
     def __init__(
         self,
@@ -103,6 +110,7 @@ class TailDropout(nn.Module):
         self.inplace = inplace
         self._k: SetK | None = None
         self._width: SetWidth | SetK | None = None
+        self._settings = SettingsOfCalls()
 
     @property
     def p(self) -> float:
@@ -194,6 +202,7 @@ class TailDropout(nn.Module):
         What is set, by the innermost of `set_k`, `using_k` and `using_width`; else in training a
         draw; else None, and everything passes.
         """
+        self.check_recomputed()
         if self._in_force is not None:
             n = input.shape[resolve_dim(input, self.dropout_dim, "dropout_dim")]
             k = self.set_k_for(n)
@@ -207,8 +216,9 @@ class TailDropout(nn.Module):
         draw = self.draw(math.prod(samples), input.device)
         lengths = self.in_groups(self._lengths_for_call(), input.shape[dim])
         k = draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw))
-        self.drawn_k = k if len(samples) == 1 else k.view(samples)
-        return spread(self.drawn_k, input, batch_dims)
+        k = k if len(samples) == 1 else k.view(samples)
+        self.keep_drawn(k)
+        return spread(k, input, batch_dims)
 
     def set_k_for(self, n: int) -> int | Tensor | None:
         """The k that is set, for n features; None where it is drawn or everything passes."""
@@ -220,7 +230,19 @@ class TailDropout(nn.Module):
 
     def draw(self, count: int, device: torch.device) -> Draw:
         """A uniform number for each of the samples of a call."""
+        if self.together is not None:
+            return self.together.draw(count, device)
         return draw_uniforms(count, stratified=self.stratified, device=device)
+
+    def keep_drawn(self, k: Tensor) -> None:
+        """As `drawn_k`; not in compiled code, where a checkpoint allows no writing."""
+        if not torch.compiler.is_compiling() and not in_backward():
+            self.drawn_k = k
+
+    def check_recomputed(self) -> None:
+        """Raise if a checkpoint computes a call again after the k that is set has changed."""
+        if not torch.compiler.is_compiling() and (self.training or torch.is_grad_enabled()):
+            self._settings.check(None if self._in_force is None else self._in_force.value)
 
     def in_groups(self, lengths: Lengths, n: int) -> Lengths:
         """The lengths of n features, where `lengths` are those of their groups."""

@@ -36,6 +36,8 @@ class FittedTailDropout(TailDropout):
         fitted.__dict__.update(layer.__dict__)
         fitted.width, fitted.size = width, size
         fitted.arrives, fitted.behind = arrives, behind
+        if layer.together is not None:
+            layer.together.replace(layer, fitted)
         return fitted
 
     def forward(self, input: Tensor) -> Tensor:

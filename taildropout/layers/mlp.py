@@ -154,11 +154,12 @@ class TailMLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         n = self.fc1.out_features
+        self.dropout.check_recomputed()
         k = self.dropout.set_k_for(n)
         if self.training and k is None:
             count = count_samples(input, self.dropout.batch_dim, -1)
             lengths = lengths_or_exponential(self.dropout.lengths, self.dropout.p)
-            output, self.dropout.drawn_k = tail_mlp_of_draw(
+            output, drawn_k = tail_mlp_of_draw(
                 input,
                 self.fc1.weight,
                 self.fc1.bias,
@@ -170,6 +171,7 @@ class TailMLP(nn.Module):
                 draw=self.dropout.draw(count, input.device),
                 blocks=self.blocks,
             )
+            self.dropout.keep_drawn(drawn_k)
             return output
         # The compiler would specialise on k: it masks instead.
         if isinstance(k, int) and not torch.compiler.is_compiling():

@@ -169,6 +169,9 @@ def remove(model: nn.Module, name: str) -> TailDropout:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 break
+    if layer.together is not None:
+        layer.together.replace(layer)
+        layer.together = None
     delattr(module, child)
     return layer
 

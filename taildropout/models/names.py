@@ -39,3 +39,15 @@ def fits_pattern(pattern: Any, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern.removeprefix("re:"), name) is not None
     return pattern == name or fnmatchcase(name, pattern)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside whatever compiles it, checkpoints it or makes it data parallel."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inside: Any = "module"
+        else:
+            inside = next(iter(_WRAPPERS & model._modules.keys()), None)
+        if inside is None:
+            return model
+        model = model.get_submodule(inside)

@@ -1,18 +1,22 @@
 """A whole model nested in one line: a TailDropout wherever a width can be chosen and cut exactly."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..graph.places import Found, Position, Side, find_places
 from ..layers import TailDropout
+from ..layers.settings import check_multiple_of
+from ..lengths import AtLeast, Full, Lengths, LogUniform, Mixed, Sizes
 from ..models.copies import structural_copy
 from ..models.inputs import Inputs
-from ..models.insert import insert, tail_dropouts
+from ..models.insert import insert, remove, tail_dropouts
 from ..models.names import fits_pattern
+from ..models.together import DrawnTogether, draw_together
 from .cuts import Reading
 from .predicted import cut_as_predicted
 
@@ -119,6 +123,7 @@ def places(
         PruningError: the model can't be exported.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> places(model, torch.randn(2, 8))
         module  at     kind    features  multiple of  parameters
@@ -140,6 +145,110 @@ def places(
         found.remove(one)
         others[str(one.positions[0])] = stays[one]
     return Places(tuple(map(_place, found)), others)
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """What `nest` put into a model.
+
+    Attributes:
+        layers: the layers by their qualified names.
+        places: where they stand.
+        draws: what draws them together; its `one_pass()` is for models whose parts are called
+            one by one.
+    """
+
+    layers: dict[str, TailDropout]
+    places: Places
+    draws: DrawnTogether
+    _model: nn.Module
+
+    def remove(self) -> None:
+        """Take the layers out again: the model is what it was."""
+        self.draws.remove()
+        for name in reversed(self.layers):
+            remove(self._model, name)
+
+
+def nest(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    lengths: Lengths | None = None,
+    min_width: float = 1 / 16,
+    where: str = "*",
+    streams: bool = False,
+    multiple_of: int = 1,
+) -> Nested:
+    """Nest a whole model: in training each sample has one width, at which all of it is narrow.
+
+    In training every sample draws a width, and at each place that `places` finds only the first
+    features are kept, as many as the width says. In eval nothing changes, so the model is what it
+    was; `at_width(model, 0.25)` runs it at a width, and `prune(model, 0.25, example_inputs)` cuts
+    it to one, with nothing left of what the places promise. No parameter is added and no key of
+    the state dict changes: checkpoints move in and out.
+
+    Args:
+        model: changed in place, by layers and hooks.
+        example_inputs: a tensor (`model(x)`), a tuple (`model(*inputs)`) or a dict
+            (`model(**inputs)`) with at least one sample.
+        lengths: distribution of k at every place. None: a fifth of the samples at full width, a
+            fifth at the smallest, log-uniform between.
+        min_width: no sample gets less: the smallest widths cost the others most. A fraction of
+            the features, rounded up.
+        where: of the names of the modules, with `*`, `?` and `[...]` as in a shell, or "re:...".
+        streams: nest residual streams too.
+        multiple_of: what hardware likes k to be a multiple of, or as much of it as divides n.
+            Where whole heads go, their size comes on top.
+
+    Returns:
+        A handle, with the `layers` and `remove()`.
+
+    Raises:
+        PruningError: the model can't be exported.
+        ValueError: there is no place, and why; `min_width` outside (0, 1], `multiple_of` below 1.
+        TypeError: `multiple_of` is not an int, or the lengths have no pmf.
+
+    Example:
+        >>> import torch
+        >>> from taildropout import prune
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> nested = nest(model, torch.randn(2, 8))
+        >>> list(nested.layers)
+        ['2.tail_dropout']
+        >>> prune(model, 0.25, torch.randn(2, 8))[0]
+        Linear(in_features=8, out_features=4, bias=True)
+        >>> nested.remove()
+    """
+    if not 0 < min_width <= 1:
+        raise ValueError(f"min_width must be a fraction of the features in (0, 1], got {min_width}")
+    smallest = float(min_width)
+    if lengths is None:
+        lengths = Mixed([Full(), LogUniform(smallest), Sizes([smallest])], weights=[0.2, 0.6, 0.2])
+    lengths, multiple_of = AtLeast(lengths, smallest), check_multiple_of(multiple_of)
+    listed = places(model, example_inputs, where=where, streams=streams)
+    coarser = (replace(one, multiple_of=_common(one, multiple_of)) for one in listed)
+    found = tuple(one for one in coarser if one.multiple_of < one.n)
+    if not found:
+        raise ValueError(
+            "the model must have a place where a width can be chosen, and has none"
+            + "".join(f"\n{line}" for line in _in_words(listed.others))
+        )
+    before = set(tail_dropouts(model))
+    for one in found:
+        for _ in _insert(model, one.positions, one.multiple_of, lengths=lengths):
+            pass
+    layers = {name: own for name, own in tail_dropouts(model).items() if name not in before}
+    one_row = all(position.one_row for one in found for position in one.positions)
+    own_names = "|".join(map(re.escape, layers))
+    draws = draw_together(model, f"re:{own_names}", rows=None if one_row else "adjacent")
+    return Nested(layers, Places(found, listed.others), draws, model)
+
+
+def _common(place: Place, multiple_of: int) -> int:
+    """The multiple of both, or as much of it as divides n."""
+    further = multiple_of // math.gcd(place.multiple_of, multiple_of)
+    return place.multiple_of * math.gcd(place.n // place.multiple_of, further)
 
 
 def _place(found: Found) -> Place:
