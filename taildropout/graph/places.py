@@ -2,7 +2,8 @@
 
 The model is read once, with a layer at the input and at the output of every module that has
 parameters of its own. A layer without a k passes everything on, so the dataflow can be asked of
-any of them, alone or together with others, what goes if these have one.
+any of them, alone or together with others, what goes if these have one. It is read at the sizes of
+the example only: what is found is a candidate still, for a plan that knows all paths to confirm.
 """
 
 import copy
@@ -161,7 +162,7 @@ class _Probes:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
         probed, self.standing = _probed(model)
-        self.flow = Dataflow(probed, example_inputs, is_known)
+        self.flow = Dataflow(probed, example_inputs, is_known, most_paths=1)
         self.calls: dict[str, list[Operation]] = {}
         for operation in self.flow.calls():
             turned = _turned(self.flow, operation)

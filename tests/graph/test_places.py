@@ -190,7 +190,9 @@ def test_the_model_is_left_as_it_is():
     model = net(lambda m, x: m.b(m.a(x) * m.scale.value), a=linear(6, 5), b=linear(3, 6))
     model.scale = Weight(6)
     before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
-    find_places(model, torch.randn(2, 5))
+    x, random = torch.randn(2, 5), torch.get_rng_state()
+    find_places(model, x)
+    assert torch.equal(torch.get_rng_state(), random)
     assert td.tail_dropouts(model) == {}
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     after = model.state_dict(keep_vars=True)
