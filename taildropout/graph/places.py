@@ -402,7 +402,7 @@ def _place_of(probes: _Probes, alike: list[str]) -> tuple[Found | str, set[Place
         if names and not reason:
             solution = probes.solve(names, probes.n[names[0]] // 2)
             reason, tied = probes.why(solution, names), set(solution.stays)
-    return reason, tied
+    return reason or "go together at some ks only", tied
 
 
 def _layers_among(probes: _Probes, found: Found) -> str:
