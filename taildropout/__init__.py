@@ -11,6 +11,7 @@ from .models.together import DrawnTogether, draw_together
 from .models.width import Choice, at_width
 from .pruning.budget import WidthPath, WidthStep, choose_widths
 from .pruning.finalize import finalize
+from .pruning.nest import Nested, Place, Places, nest, places
 from .pruning.plan import PrunePlan, plan_pruning, prune
 from .pruning.recalibrate import recalibrate
 from .pruning.sweep import Sweep, SweepPoint
@@ -20,9 +21,9 @@ from .showing.report import report
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "Choice", "DrawnTogether", "LiveScree", "PrunePlan", "PruningError", "Scree", "Sweep",
-    "SweepPoint", "TailDropout", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths",
-    "draw_together", "draws", "finalize", "functional", "insert", "insert_each", "lengths",
-    "load_pruned", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report",
-    "save_pruned", "scree", "tail_dropouts",
+    "Choice", "DrawnTogether", "LiveScree", "Nested", "Place", "Places", "PrunePlan",
+    "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout", "TailMLP", "WidthPath",
+    "WidthStep", "at_width", "choose_widths", "draw_together", "draws", "finalize", "functional",
+    "insert", "insert_each", "lengths", "load_pruned", "nest", "places", "plan_pruning", "prune",
+    "recalibrate", "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
 ]

@@ -274,6 +274,41 @@ class Mixed:
 
 
 @dataclass(frozen=True)
+class AtLeast:
+    """Other lengths, none of them below `min_k`: what would be shorter has this size.
+
+    Args:
+        lengths: the others.
+        min_k: the smallest size.
+
+    Raises:
+        ValueError: `min_k` is negative; from `pmf`, if it is above n, and what the others raise.
+        TypeError: `min_k` is neither an int nor a fraction in (0, 1]; lengths without a pmf.
+
+    Example:
+        >>> AtLeast(Uniform(), min_k=0.5).pmf(4)
+        tensor([0.0000, 0.0000, 0.5000, 0.2500, 0.2500], dtype=torch.float64)
+    """
+
+    lengths: Lengths
+    min_k: Size
+
+    def __post_init__(self) -> None:
+        check_lengths(self.lengths)
+        object.__setattr__(self, "min_k", _check_size(self.min_k, "min_k"))
+
+    def pmf(self, n: int) -> Tensor:
+        min_k, pmf = _smallest(self.min_k, n, self), self.lengths.pmf(n)
+        return torch.cat(
+            [torch.zeros_like(pmf[:min_k]), pmf[: min_k + 1].sum()[None], pmf[min_k + 1 :]]
+        )
+
+    def above(self, n: int, k: int) -> float:
+        """P(K > k)."""
+        return 1.0 if k < size_of(self.min_k, n) else probability_above(self.lengths, n, k)
+
+
+@dataclass(frozen=True)
 class InGroups:
     """K is a multiple of `group`: n features are n/group groups, of which `lengths` draws."""
 

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from taildropout.draws import draw, draw_uniforms, inverse_cdf, most_above
-from taildropout.lengths import Exponential, Full, InGroups, LogUniform, Mixed, Sizes, Uniform
+from taildropout.lengths import (
+    AtLeast,
+    Exponential,
+    Full,
+    InGroups,
+    LogUniform,
+    Mixed,
+    Sizes,
+    Uniform,
+)
 
 PS = [1e-9, 1e-6, 9.9e-5, 1.01e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-9]
 NS = [1, 2, 3, 7, 64, 1000, 10**6]
@@ -39,6 +48,7 @@ LENGTHS = [
     Full(),
     Mixed([Full(), LogUniform(2), Sizes([2])], weights=[0.2, 0.6, 0.2]),
     Mixed([Exponential(0.5), Mixed([Uniform(), Full()])]),
+    AtLeast(Exponential(0.7), min_k=0.3),
 ]
 
 
@@ -299,6 +309,17 @@ def test_mixtures_refuse_what_is_no_mixture():
         Mixed([Full()], [1, 2])
     with pytest.raises(TypeError, match=r"lengths must have a pmf\(n\)"):
         Mixed([Full(), 0.5])
+
+
+@pytest.mark.parametrize(("min_k", "floor"), [(0, 0), (3, 3), (0.25, 3), (1.0, 9)])
+def test_lengths_below_a_smallest_size_have_that_size(min_k, floor):
+    of = Uniform(min_k=0)  # every k of 0, ..., 9 with probability 1/10
+    expected = [0.0] * floor + [(floor + 1) / 10] + [0.1] * (9 - floor)
+    lengths = AtLeast(of, min_k)
+    assert_close(lengths.pmf(9), torch.tensor(expected, dtype=torch.float64))
+    assert [lengths.above(9, k) for k in range(10)] == pytest.approx(
+        [sum(expected[k + 1 :]) for k in range(10)]
+    )
 
 
 @pytest.mark.parametrize("group", [1, 2, 5])

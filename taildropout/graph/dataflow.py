@@ -17,7 +17,7 @@ from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from .exports import LAYER, Export, Knows, Size, is_tensor, shape
-from .paths import read_paths
+from .paths import MOST_PATHS, read_paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +74,15 @@ class Dataflow:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Inputs, knows: Knows = lambda target: True
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        knows: Knows = lambda target: True,
+        most_paths: int = MOST_PATHS,
     ) -> None:
         self.model = model
         self.layers = tail_dropouts(model)
-        self.paths = read_paths(model, example_inputs, knows)
+        self.paths = read_paths(model, example_inputs, knows, most_paths)
         self.operations: dict[fx.Node, Operation] = {}
         self.values: list[fx.Node] = []
         self.returned: set[fx.Node] = set()

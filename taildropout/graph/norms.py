@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..models.fakes import without_numbers
 from ..models.inputs import Inputs, call
 from .dataflow import Dataflow, Operation, count_of, module_of
-from .exports import shape
+from .exports import LAYER, shape
 from .relations import Place, Saying, dims_alike, read, same
 
 aten = torch.ops.aten
@@ -289,7 +289,7 @@ def _is_proportional(user: Operation, value: fx.Node, divides: bool) -> bool:
         return user.args[0] is value and user.args[1] is not value
     if user.target in _PRODUCTS:
         return _other_argument(user, value) is not value
-    moves = _is_cast(user) or user.target in _MOVES | {aten.neg.default}
+    moves = _is_cast(user) or user.target in _MOVES | {aten.neg.default, LAYER}
     return moves and user.args[0] is value
 
 

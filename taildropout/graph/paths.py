@@ -62,7 +62,9 @@ class _Turn:
     far: bool = False
 
 
-def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
+def read_paths(
+    model: nn.Module, example_inputs: Inputs, knows: Knows, most: int = MOST_PATHS
+) -> Paths:
     """Raises PruningError where the model can't be exported, or holds no numbers."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PruningError(
@@ -77,7 +79,8 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
     first = attempts[-1]
     usual = cache(lambda: _functions_called(traced, example_inputs))
     exports, unread = [first], []
-    waiting = [*_neighbours(first), *_turns(first), *_turns_of_numbers(attempts)]
+    turns = [*_neighbours(first), *_turns(first), *_turns_of_numbers(attempts)]
+    waiting = turns if most > 1 else []
     while waiting:
         turn = waiting.pop(0)
         if any(known.covers(turn.inputs) for known in exports):
@@ -88,8 +91,8 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
             continue
         if turn.far and called <= (usual() or called):
             continue
-        if len(exports) == MOST_PATHS:
-            unread.append(f"{turn.words}, on more than {MOST_PATHS} paths")
+        if len(exports) == most:
+            unread.append(f"{turn.words}, on more than {most} paths")
             continue
         symbols = [set() for _ in first.symbols] if turn.alone else first.symbols
         try:
