@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,18 @@ from ..functional.checks import (
     spread,
 )
 from ..functional.prefix import zero_tail
+from ..functional.shards import (
+    as_in_first_process,
+    as_part,
+    features_of_all,
+    is_sharded,
+    k_of_part,
+)
 from ..lengths import Exponential, InGroups, Lengths, check_lengths, lengths_or_exponential
 from .settings import SetK, SetWidth, check_groups, check_multiple_of, width_or_k
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class TailDropout(nn.Module):
@@ -84,6 +94,7 @@ class TailDropout(nn.Module):
         multiple_of: int = 1,
         stratified: bool = True,
         inplace: bool = False,
+        device_mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         dims = as_dims(batch_dim)
@@ -101,8 +112,10 @@ class TailDropout(nn.Module):
         self.multiple_of = check_multiple_of(multiple_of)
         self.stratified = stratified
         self.inplace = inplace
+        self.device_mesh = device_mesh
         self._k: SetK | None = None
         self._width: SetWidth | SetK | None = None
+        self._counted: tuple[DeviceMesh, int, int] | None = None
 
     @property
     def p(self) -> float:
@@ -185,6 +198,8 @@ class TailDropout(nn.Module):
             self._k, self._width = before
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.device_mesh is not None and not is_sharded(input):
+            return self._forward_part(input, self.device_mesh)
         k = self.k_for(input)
         return input if k is None else zero_tail(input, k, self.dropout_dim, self.inplace)
 
@@ -206,7 +221,7 @@ class TailDropout(nn.Module):
         samples = [input.shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
         lengths = self.in_groups(self._lengths_for_call(), input.shape[dim])
-        k = draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw))
+        k = as_in_first_process(draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw)), input)
         self.drawn_k = k if len(samples) == 1 else k.view(samples)
         return spread(self.drawn_k, input, batch_dims)
 
@@ -226,6 +241,22 @@ class TailDropout(nn.Module):
         """The lengths of n features, where `lengths` are those of their groups."""
         check_groups(n, self.multiple_of)
         return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
+
+    def _forward_part(self, input: Tensor, mesh: "DeviceMesh") -> Tensor:
+        """Of a plain tensor, this process's shard of the features."""
+        dim = resolve_dim(input, self.dropout_dim, "dropout_dim")
+        n = input.shape[dim]
+        if self._counted is None or self._counted[0] is not mesh:
+            self._counted = mesh, n, features_of_all(n, mesh, input.device)
+        _, before, n_of_all = self._counted
+        if n != before:
+            raise ValueError(
+                "a layer with a device_mesh must always get shards of one size, which are counted "
+                f"in its first call, got {before} features then and {n} now: use another layer"
+            )
+        whole = as_part(input, mesh, dim, n_of_all)
+        k = self.k_for(whole)
+        return input if k is None else zero_tail(input, k_of_part(k, whole, dim), dim, self.inplace)
 
     @property
     def _in_force(self) -> SetK | SetWidth | None:
@@ -252,6 +283,7 @@ class TailDropout(nn.Module):
         parts += [f"multiple_of={self.multiple_of}"] if self.multiple_of > 1 else []
         parts += ["stratified=False"] if not self.stratified else []
         parts += ["inplace=True"] if self.inplace else []
+        parts += [f"device_mesh={self.device_mesh}"] if self.device_mesh is not None else []
         parts += [f"using_width={self._width.value}"] if self._width is not None else []
         parts += [f"k={self.k}"] if self._k is not None else []
         return ", ".join(parts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional.checks import count_samples
 from ..functional.mlp import tail_mlp_of_draw
+from ..functional.shards import check_whole_mlp
 from ..lengths import Lengths, lengths_or_exponential
 from .dropout import TailDropout
 
@@ -155,6 +156,13 @@ class TailMLP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         n = self.fc1.out_features
         k = self.dropout.set_k_for(n)
+        if self.training or k is not None:
+            check_whole_mlp(self.fc1.weight, self.fc2.weight)
+            if self.dropout.device_mesh is not None:
+                raise ValueError(
+                    "the TailDropout of a TailMLP takes no device_mesh: for tensor parallelism use "
+                    "to_sequential()"
+                )
         if self.training and k is None:
             count = count_samples(input, self.dropout.batch_dim, -1)
             lengths = lengths_or_exponential(self.dropout.lengths, self.dropout.p)
