@@ -7,10 +7,11 @@ for all: the layer computes what it computes where nothing is sharded.
 Nothing of `torch.distributed.tensor` is imported before there is a DTensor.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -96,9 +97,14 @@ def features_of_all(n: int, mesh: "DeviceMesh", device: torch.device) -> int:
     return sum(sizes)
 
 
-def check_whole_mlp(*tensors: Tensor | None) -> None:
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was given this very module: its parameters are whole while it runs."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def check_whole_mlp(*tensors: Tensor, modules: Sequence[nn.Module] = ()) -> None:
     """What is cut into blocks by number must be all there."""
-    if any(is_sharded(tensor) for tensor in tensors):
+    if any(map(is_sharded, tensors)) or any(map(is_fully_sharded, modules)):
         raise ValueError(
             "a TailMLP, which computes blocks of its features, needs the whole weights of fc1 and "
             "fc2 in each process, got sharded ones. For fully_shard: give it the whole TailMLP, or "

@@ -157,7 +157,8 @@ class TailMLP(nn.Module):
         n = self.fc1.out_features
         k = self.dropout.set_k_for(n)
         if self.training or k is not None:
-            check_whole_mlp(self.fc1.weight, self.fc2.weight)
+            linears = self.fc1, self.fc2
+            check_whole_mlp(*(linear.weight for linear in linears), modules=linears)
             if self.dropout.device_mesh is not None:
                 raise ValueError(
                     "the TailDropout of a TailMLP takes no device_mesh: for tensor parallelism use "

@@ -1,8 +1,10 @@
 """Models of which each process holds a part."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from ..functional.shards import is_sharded
+from ..functional.shards import is_fully_sharded, is_sharded
 from .copies import PruningError, tensors_by_name
 from .insert import tail_dropouts
 
@@ -10,6 +12,7 @@ from .insert import tail_dropouts
 def check_whole_tensors(model: nn.Module) -> None:
     """For what changes a model: all of it must be here."""
     sharded = [name for name, tensor in tensors_by_name(model).items() if is_sharded(tensor)]
+    sharded += [name or "the model" for name, m in model.named_modules() if is_fully_sharded(m)]
     if sharded:
         raise PruningError(
             "the parameters of the model must be whole in each process, got sharded ones, such as "
@@ -39,15 +42,10 @@ def check_whole_layers(model: nn.Module, call: str) -> None:
 
 def _tensor_parallel(model: nn.Module) -> str | None:
     """The name of a parameter or buffer that is sharded while its module runs, too."""
-    sharded = {name: t for name, t in tensors_by_name(model).items() if is_sharded(t)}
-    if not sharded:
-        return None
-    from torch.distributed.fsdp import FSDPModule
-
-    fully_sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    fully_sharded: list[Any] = [module for module in model.modules() if is_fully_sharded(module)]
     for module in fully_sharded:
         module.reshard()  # or the shards of a tensor-parallel group are all that is seen
-    gathered = {p for module in fully_sharded for p in module.parameters()}
+    gathered = {parameter for module in fully_sharded for parameter in module.parameters()}
     for name, tensor in tensors_by_name(model).items():
         if is_sharded(tensor) and not (tensor in gathered and _is_data_parallel(tensor)):
             return name
