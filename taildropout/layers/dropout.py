@@ -59,13 +59,17 @@ class TailDropout(nn.Module):
             n/multiple_of groups, `p` is as exact as ever, and widths are rounded up to a multiple.
         stratified: spread the ks of one call evenly over their distribution.
         inplace: write the result into the input.
+        device_mesh: where plain inputs are shards, the processes that hold the features in order,
+            such as `mesh["tp"]`. k then counts the features of all of them, and ks are drawn by
+            the first process for all. Not needed for a `DTensor`, which knows its shards.
 
     Shape:
         Any; the output has the shape, dtype, device and memory format of the input.
 
     Raises:
         ValueError: p outside [0, 1] or NaN, coinciding dims, a k that is no multiple of
-            `multiple_of`; in a call also k above n, and an n that is no multiple.
+            `multiple_of`; in a call also k above n, an n that is no multiple, and shards of other
+            sizes than `torch.chunk` makes.
         IndexError: in a call, a dim that the input does not have.
         TypeError: p that is no number, dims that are no ints, lengths without a pmf; in a call in
             training with no k set, an integer or boolean input.

@@ -26,7 +26,8 @@ class TailMLP(nn.Module):
     Outputs and gradients are those of `nn.Sequential(fc1, activation, TailDropout(p), fc2)`, with
     the same random state too. The state dict holds `fc1.*` and `fc2.*`. The layer's TailDropout
     is the child `dropout`, by which `scree` and `prune` find it. The layer reads the weights of
-    `fc1` and `fc2` itself, so `fully_shard` must be given the whole layer or a module around it.
+    `fc1` and `fc2` itself, so `fully_shard` must be given the whole layer or a module around it,
+    and tensor parallelism the modules of `to_sequential()`.
 
     Args:
         in_features: size of each input.
@@ -47,7 +48,8 @@ class TailMLP(nn.Module):
         `(..., in_features)` to `(..., out_features)`.
 
     Raises:
-        ValueError: p outside [0, 1] or NaN, an activation that is not elementwise, no blocks.
+        ValueError: p outside [0, 1] or NaN, an activation that is not elementwise, no blocks; in a
+            call, weights of which each process holds a part.
 
     Example:
         >>> mlp = TailMLP(16, 64, 4, p=0.8)

@@ -64,8 +64,8 @@ def scree(
 
     Raises:
         ValueError: no TailDropout layer, several and none named, a layer that the model does not
-            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class weights or
-            ignored targets, a model whose layers are sharded over processes.
+            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class
+            weights or ignored targets, a model whose layers are sharded over processes.
         TypeError: the loss does not give one value per sample; the message says how to mend it.
 
     Example:
