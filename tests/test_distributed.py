@@ -1,12 +1,9 @@
 """Several processes, over gloo: scree on shards, DistributedDataParallel, FSDP2, checkpointing."""
 
-import contextlib
-import datetime
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.processes import Processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,41 +20,6 @@ pytestmark = pytest.mark.slow
 
 N = 6
 CPU = torch.device("cpu")
-SECONDS = 120  # for a hang to be noticed, far more than anything here takes
-
-
-def join(rank, world, meeting_point):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting_point}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=SECONDS),
-    )
-
-
-class Processes:
-    """A group of processes, each with its rank, that run functions of this file."""
-
-    def __init__(self, world, meeting_point):
-        spawn = torch.multiprocessing.get_context("spawn")
-        self.world = world
-        self.executors = [
-            ProcessPoolExecutor(1, spawn, initializer=join, initargs=(rank, world, meeting_point))
-            for rank in range(world)
-        ]
-
-    def run(self, function, *args):
-        """What the function returns in each process."""
-        futures = [executor.submit(function, *args) for executor in self.executors]
-        return [future.result(timeout=SECONDS) for future in futures]
-
-    def close(self):
-        with contextlib.suppress(Exception):
-            self.run(dist.destroy_process_group)
-        for executor in self.executors:
-            executor.shutdown(wait=False, cancel_futures=True)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

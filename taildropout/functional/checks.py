@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .shards import is_sharded
+
 
 def as_dims(batch_dim: int | Sequence[int]) -> tuple[int, ...]:
     """The dims that `batch_dim` names: it may be one, several, or none."""
@@ -60,6 +62,11 @@ def check_droppable(input: Tensor) -> None:
 def check_k(k: int | Tensor) -> int | Tensor:
     """k itself, as an int or an integer tensor."""
     if isinstance(k, Tensor):
+        if is_sharded(k):
+            raise TypeError(
+                "k must be a plain tensor, the same in each process, with a k for every sample of "
+                "the whole batch, got a DTensor: pass k.full_tensor()"
+            )
         if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
             raise TypeError(f"k must be an integer tensor, got dtype {k.dtype}")
         return k.to(torch.int64)

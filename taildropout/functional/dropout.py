@@ -10,6 +10,7 @@ from ..draws import draw
 from ..lengths import Lengths, lengths_or_exponential
 from .checks import check_droppable, resolve_dims, spread
 from .prefix import zero_tail
+from .shards import as_in_first_process
 
 
 def tail_dropout(
@@ -81,5 +82,6 @@ def tail_dropout(
         stratified=stratified,
         device=input.device,
         generator=generator,
-    ).view(samples)
+    )
+    k = as_in_first_process(k, input).view(samples)
     return zero_tail(input, spread(k, input, batch_dims), dim, inplace)

@@ -11,6 +11,7 @@ from ..lengths import Lengths, lengths_or_exponential
 from .checks import count_samples, resolve_dims, spread
 from .prefix import zero_tail
 from .rows import first_rows, permute, sum_of_rows
+from .shards import check_whole_mlp
 
 
 def tail_mlp(
@@ -103,6 +104,7 @@ def tail_mlp_of_draw(
             "only stratified draws tell beforehand how much of the tail can be left out, got "
             "independent ones: set stratified=True"
         )
+    check_whole_mlp(input, weight1, weight2)
     n = len(weight1)
     blocks = min(max(n // 256, 1), 16) if blocks is None else blocks
     if blocks < 1:

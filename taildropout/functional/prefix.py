@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import cpu
 from .checks import align_k, check_k, check_k_at_most, largest_k, resolve_dim
+from .shards import is_sharded, k_of_part, with_part
 
 
 def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool = False) -> Tensor:
@@ -51,6 +52,10 @@ def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool 
 def zero_tail(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Tensor:
     """`keep_prefix` for a checked k: an int, or a tensor that broadcasts against the input."""
     dim = range(input.ndim)[dim]
+    if is_sharded(input):
+        part = zero_tail(input.to_local(), k_of_part(k, input, dim), dim, inplace=False)
+        whole = with_part(input, part)
+        return input.copy_(whole) if inplace else whole
     k = k.to(input.device) if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
     if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
         output = _zero_where_not_kept(input, k, dim)

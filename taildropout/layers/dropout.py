@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,20 @@ from ..functional.checks import (
     spread,
 )
 from ..functional.prefix import zero_tail
+from ..functional.shards import (
+    as_in_first_process,
+    as_part,
+    features_of_all,
+    is_sharded,
+    k_of_part,
+)
 from ..lengths import Exponential, InGroups, Lengths, check_lengths, lengths_or_exponential
 from .recomputing import SettingsOfCalls, in_backward
 from .settings import SetK, SetWidth, check_groups, check_multiple_of, width_or_k
 from .together import Together
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class TailDropout(nn.Module):
@@ -51,13 +61,17 @@ class TailDropout(nn.Module):
             n/multiple_of groups, `p` is as exact as ever, and widths are rounded up to a multiple.
         stratified: spread the ks of one call evenly over their distribution.
         inplace: write the result into the input.
+        device_mesh: where plain inputs are shards, the processes that hold the features in order,
+            such as `mesh["tp"]`. k then counts the features of all of them, and ks are drawn by
+            the first process for all. Not needed for a `DTensor`, which knows its shards.
 
     Shape:
         Any; the output has the shape, dtype, device and memory format of the input.
 
     Raises:
         ValueError: p outside [0, 1] or NaN, coinciding dims, a k that is no multiple of
-            `multiple_of`; in a call also k above n, and an n that is no multiple.
+            `multiple_of`; in a call also k above n, an n that is no multiple, and shards of other
+            sizes than `torch.chunk` makes.
         IndexError: in a call, a dim that the input does not have.
         TypeError: p that is no number, dims that are no ints, lengths without a pmf; in a call in
             training with no k set, an integer or boolean input.
@@ -91,6 +105,7 @@ class TailDropout(nn.Module):
         multiple_of: int = 1,
         stratified: bool = True,
         inplace: bool = False,
+        device_mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         dims = as_dims(batch_dim)
@@ -108,9 +123,11 @@ class TailDropout(nn.Module):
         self.multiple_of = check_multiple_of(multiple_of)
         self.stratified = stratified
         self.inplace = inplace
+        self.device_mesh = device_mesh
         self._k: SetK | None = None
         self._width: SetWidth | SetK | None = None
         self._settings = SettingsOfCalls()
+        self._counted: tuple[DeviceMesh, int, int] | None = None
 
     @property
     def p(self) -> float:
@@ -193,6 +210,8 @@ class TailDropout(nn.Module):
             self._k, self._width = before
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.device_mesh is not None and not is_sharded(input):
+            return self._forward_part(input, self.device_mesh)
         k = self.k_for(input)
         return input if k is None else zero_tail(input, k, self.dropout_dim, self.inplace)
 
@@ -215,7 +234,7 @@ class TailDropout(nn.Module):
         samples = [input.shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
         lengths = self.in_groups(self._lengths_for_call(), input.shape[dim])
-        k = draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw))
+        k = as_in_first_process(draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw)), input)
         k = k if len(samples) == 1 else k.view(samples)
         self.keep_drawn(k)
         return spread(k, input, batch_dims)
@@ -249,6 +268,22 @@ class TailDropout(nn.Module):
         check_groups(n, self.multiple_of)
         return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
 
+    def _forward_part(self, input: Tensor, mesh: "DeviceMesh") -> Tensor:
+        """Of a plain tensor, this process's shard of the features."""
+        dim = resolve_dim(input, self.dropout_dim, "dropout_dim")
+        n = input.shape[dim]
+        if self._counted is None or self._counted[0] is not mesh:
+            self._counted = mesh, n, features_of_all(n, mesh, input.device)
+        _, before, n_of_all = self._counted
+        if n != before:
+            raise ValueError(
+                "a layer with a device_mesh must always get shards of one size, which are counted "
+                f"in its first call, got {before} features then and {n} now: use another layer"
+            )
+        whole = as_part(input, mesh, dim, n_of_all)
+        k = self.k_for(whole)
+        return input if k is None else zero_tail(input, k_of_part(k, whole, dim), dim, self.inplace)
+
     @property
     def _in_force(self) -> SetK | SetWidth | None:
         return self._width if self._k is None else self._k
@@ -274,6 +309,7 @@ class TailDropout(nn.Module):
         parts += [f"multiple_of={self.multiple_of}"] if self.multiple_of > 1 else []
         parts += ["stratified=False"] if not self.stratified else []
         parts += ["inplace=True"] if self.inplace else []
+        parts += [f"device_mesh={self.device_mesh}"] if self.device_mesh is not None else []
         parts += [f"using_width={self._width.value}"] if self._width is not None else []
         parts += [f"k={self.k}"] if self._k is not None else []
         return ", ".join(parts)

@@ -41,6 +41,11 @@ class FittedTailDropout(TailDropout):
         return fitted
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.device_mesh is not None:
+            raise ValueError(
+                "a layer that slices features or adds zeros takes no device_mesh: it needs all of "
+                "them in each process, or a DTensor"
+            )
         output = super().forward(input.narrow(self.dropout_dim, 0, self.width))
         behind = output.ndim - 1 - range(output.ndim)[self.dropout_dim]  # the dims after it
         return functional.pad(output, [0, 0] * behind + [0, self.size - self.width])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional.checks import count_samples
 from ..functional.mlp import tail_mlp_of_draw
+from ..functional.shards import check_whole_mlp
 from ..lengths import Lengths, lengths_or_exponential
 from .dropout import TailDropout
 
@@ -25,7 +26,8 @@ class TailMLP(nn.Module):
     Outputs and gradients are those of `nn.Sequential(fc1, activation, TailDropout(p), fc2)`, with
     the same random state too. The state dict holds `fc1.*` and `fc2.*`. The layer's TailDropout
     is the child `dropout`, by which `scree` and `prune` find it. The layer reads the weights of
-    `fc1` and `fc2` itself, so `fully_shard` must be given the whole layer or a module around it.
+    `fc1` and `fc2` itself, so `fully_shard` must be given the whole layer or a module around it,
+    and tensor parallelism the modules of `to_sequential()`.
 
     Args:
         in_features: size of each input.
@@ -46,7 +48,8 @@ class TailMLP(nn.Module):
         `(..., in_features)` to `(..., out_features)`.
 
     Raises:
-        ValueError: p outside [0, 1] or NaN, an activation that is not elementwise, no blocks.
+        ValueError: p outside [0, 1] or NaN, an activation that is not elementwise, no blocks; in a
+            call, weights of which each process holds a part.
 
     Example:
         >>> mlp = TailMLP(16, 64, 4, p=0.8)
@@ -156,6 +159,14 @@ class TailMLP(nn.Module):
         n = self.fc1.out_features
         self.dropout.check_recomputed()
         k = self.dropout.set_k_for(n)
+        if self.training or k is not None:
+            linears = self.fc1, self.fc2
+            check_whole_mlp(*(linear.weight for linear in linears), modules=linears)
+            if self.dropout.device_mesh is not None:
+                raise ValueError(
+                    "the TailDropout of a TailMLP takes no device_mesh: for tensor parallelism use "
+                    "to_sequential()"
+                )
         if self.training and k is None:
             count = count_samples(input, self.dropout.batch_dim, -1)
             lengths = lengths_or_exponential(self.dropout.lengths, self.dropout.p)

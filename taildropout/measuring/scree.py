@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..functional.checks import check_k_at_most
 from ..models.inputs import Inputs, call, pair_of, to_device
+from ..models.sharded import check_whole_layers
 from ..models.width import Width, as_it_was, check_ks, features_of, find_layer, k_at
 from .at_once import FanOut, FanOutError
 from .curve import Scree
@@ -63,7 +64,8 @@ def scree(
 
     Raises:
         ValueError: no TailDropout layer, several and none named, a layer that the model does not
-            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class weights or ignored targets.
+            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class
+            weights or ignored targets, a model whose layers are sharded over processes.
         TypeError: the loss does not give one value per sample; the message says how to mend it.
 
     Example:
@@ -76,6 +78,7 @@ def scree(
         ('1', [0, 1, 2, 3], 40)
     """
     name, swept = find_layer(model, layer)
+    check_whole_layers(model, "scree")
     per_sample_loss = per_sample(loss)
     widths = None if ks is None else check_ks(ks, name, swept.multiple_of)
     if device is None:

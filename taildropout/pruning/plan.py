@@ -12,6 +12,7 @@ from ..layers.settings import check_multiple_of
 from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
+from ..models.sharded import check_whole_tensors
 from ..models.width import Widths, layer_ks, rounded_up, warn_of_never_called, widths_by_layer
 from .conditions import conditions_of
 from .configs import fit_configs
@@ -248,6 +249,7 @@ class PrunePlan:
         return remarks + [line for compared in self.verifications[-1:] for line in compared.lines()]
 
     def _cut_copy(self, model: nn.Module) -> nn.Module:
+        check_whole_tensors(model)
         tensors = tensors_by_name(model)
         check_model_fits(self.cuts, tensors)
         # Those that are cut are shared with the copy, until the cut replaces them in it.
@@ -304,8 +306,8 @@ def plan_pruning(
             layer returns the first k. All other returned values keep their shapes.
 
     Raises:
-        PruningError: the model can't be exported, does not call a layer, or does not run after
-            it was cut (a size is written in its code); with `outputs`, the model does not return
+        PruningError: the model is sharded over processes, can't be exported, does not call a
+            layer, or does not run after it was cut (a size is written in its code); with `outputs`, the model does not return
             features of a layer, or they can't be cut to k, since more than the first k of them
             are not zero or are needed.
         ValueError: no layer, no k, an unknown layer name, k outside 0, ..., n, or multiple_of
@@ -324,6 +326,7 @@ def plan_pruning(
         provided that all numbers inside the network are finite: zero times an infinite one is NaN
     """
     widths_by_layer(model, k)  # complains before anything is read
+    check_whole_tensors(model)
     multiple_of = check_multiple_of(multiple_of)
     reading = Reading(model, example_inputs)
     plan = _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)

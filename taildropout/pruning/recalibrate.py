@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..models.hooks import hooked
 from ..models.inputs import Inputs, call, to_device
+from ..models.sharded import check_whole_layers
 from ..models.width import as_it_was
 
 
@@ -46,8 +47,8 @@ def recalibrate(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no BatchNorm layer that keeps statistics, no data, or a batch with one value
-            for each of a layer's features.
+        ValueError: no BatchNorm layer that keeps statistics, no data, a batch with one value for
+            each of a layer's features, or a model whose layers are sharded over processes.
 
     Example:
         >>> from taildropout import TailDropout, prune
@@ -68,6 +69,7 @@ def recalibrate(
             "the model must contain a BatchNorm layer that keeps running statistics, and has none: "
             "nothing depends on the data, and it is fine as it is"
         )
+    check_whole_layers(model, "recalibrate")
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
     seen: dict[nn.Module, int] = {}  # values of each feature so far

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..models.copies import PruningError, structural_copy, tensors_by_name
+from ..models.sharded import check_whole_tensors
 from ..pruning.configs import fit_configs
 from ..pruning.cuts import Cut, Fit, Fold, Rescale
 from ..pruning.plan import FORMAT, PrunePlan, check_model_fits
@@ -61,9 +62,10 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         PruningError: the file is damaged, from a newer version, not by `save_pruned`, or of
-            another model. The model is untouched then.
+            another model, or the model is sharded over processes. The model is untouched then.
         FileNotFoundError: there is no such file.
     """
+    check_whole_tensors(model)
     cuts, biases, fits, rescales, tensors = _read(path)
     biases = [name for name in biases if tensors_by_name(model).get(name) is None]
     try:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..measuring.curve import Scree
 from ..models.copies import PruningError
 from ..models.inputs import Inputs, count_samples, first_samples
+from ..models.sharded import check_whole_layers
 from ..models.width import as_it_was, find_layer
 from ..pruning.plan import plan_pruning
 from ..shipping.files import written_whole
@@ -70,7 +71,7 @@ def report(
     Raises:
         ValueError: inputs without a model or the reverse, a model without the measured layer,
             labels that don't fit the inputs, images that don't have the shape, a page of more
-            than 8 MB.
+            than 8 MB, a model whose layers are sharded over processes.
         ImportError: plotly or pillow is missing.
 
     Example:
@@ -101,6 +102,7 @@ def report(
     page: dict[str, Any] = {"title": title, **_curve(scree, tolerance)}
     if model is not None and inputs is not None:
         name, layer = find_layer(model, scree.layer or None)
+        check_whole_layers(model, "report")
         samples = count_samples(inputs)
         names = None if labels is None else names_of(labels, samples)
         with as_it_was(model), layer.using_k(None), torch.no_grad():
