@@ -2,12 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
@@ -219,13 +219,21 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
     return Export(program, inputs, symbols)
 
 
-def _sizes_are_symbols(any_are: bool) -> AbstractContextManager[None]:
+@contextmanager
+def _sizes_are_symbols(any_are: bool) -> Iterator[None]:
     """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
-    if not any_are or not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
-        return nullcontext()
-    config: Any = symbolic_config
-    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
-    return patched
+    if not any_are:
+        yield
+        return
+    import torch._dynamo.config  # which torch.export imports too
+
+    dynamo, symbolic = cast(Any, torch._dynamo.config), cast(Any, symbolic_config)
+    with ExitStack() as stack:
+        # What torch remembers of the operations that it has run costs more than it saves here.
+        stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
+        if hasattr(symbolic, "backed_size_oblivious"):  # not in torch 2.6
+            stack.enter_context(symbolic.patch(backed_size_oblivious=True))
+        yield
 
 
 def _functionalise(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..models.copies import PruningError, first_line
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, as_arguments, call, tensors_of
-from .exports import Export, Knows, Size, export, of_shapes, shape, traceable
+from .exports import Comparison, Export, Knows, Size, export, of_shapes, shape, traceable
 
 # As many paths are read, at most.
 MOST_PATHS = 6
@@ -128,13 +128,21 @@ def _tied_to_numbers(export: Export) -> list[set[int]]:
     """The dims of each input that must multiply to a number, as where pixels are flattened."""
     tied: set[Any] = set()
     for comparison in export.comparisons:
-        relation = comparison.relation
-        if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
-            tied |= relation.free_symbols
+        if _ties(comparison):
+            tied |= comparison.relation.free_symbols
     return [
         {d for d, size in enumerate(shape(node)) if _symbols_of(size) & tied}
         for node in export.placeholders
     ]
+
+
+def _ties(comparison: Comparison) -> bool:
+    """Torch compares with 0, too, to see that sizes divide each other."""
+    relation = comparison.relation
+    numbers = [side for side in relation.args if side.is_number]
+    return isinstance(relation, sympy.Eq) and any(
+        not (comparison.of_torch and number == 0) for number in numbers
+    )
 
 
 def _symbols_of(size: Size) -> set[Any]:
