@@ -6,6 +6,7 @@ otherwise, and at the neighbours of sizes that it uses as numbers.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..models.copies import PruningError, first_line
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, as_arguments, call, tensors_of
-from .exports import Comparison, Export, Knows, Size, export, of_shapes, shape, traceable
+from .exports import Export, Knows, Tied, export, of_shapes, shape, traceable
 
 # As many paths are read, at most.
 MOST_PATHS = 6
@@ -103,20 +104,11 @@ def read_paths(model: nn.Module, example_inputs: Inputs, knows: Knows) -> Paths:
 
 
 def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> Export:
-    tensors = tensors_of(as_arguments(example_inputs))
-    symbols = [set(range(x.ndim)) for x in tensors]
+    symbols = [set(range(x.ndim)) for x in tensors_of(as_arguments(example_inputs))]
     try:
-        found = export(traced, example_inputs, symbols, knows)
-        tied = _tied_to_numbers(found)
-        if any(tied):
-            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
-            found = export(traced, example_inputs, symbols, knows)
-        if not any(_tied_to_numbers(found)):
-            return found
-    except Exception:  # the sizes of some models can't be symbols
-        pass
-    try:
-        return export(traced, example_inputs, [set() for _ in tensors], knows)
+        with suppress(Exception):  # the sizes of some models can't be symbols
+            return _export_untied(traced, example_inputs, symbols, knows)
+        return export(traced, example_inputs, [set() for _ in symbols], knows)
     except Exception as error:
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
@@ -124,29 +116,15 @@ def _export_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) 
         ) from error
 
 
-def _tied_to_numbers(export: Export) -> list[set[int]]:
-    """The dims of each input that must multiply to a number, as where pixels are flattened."""
-    tied: set[Any] = set()
-    for comparison in export.comparisons:
-        if _ties(comparison):
-            tied |= comparison.relation.free_symbols
-    return [
-        {d for d, size in enumerate(shape(node)) if _symbols_of(size) & tied}
-        for node in export.placeholders
-    ]
-
-
-def _ties(comparison: Comparison) -> bool:
-    """Torch compares with 0, too, to see that sizes divide each other."""
-    relation = comparison.relation
-    numbers = [side for side in relation.args if side.is_number]
-    return isinstance(relation, sympy.Eq) and any(
-        not (comparison.of_torch and number == 0) for number in numbers
-    )
-
-
-def _symbols_of(size: Size) -> set[Any]:
-    return set() if isinstance(size, int) else size.free_symbols
+def _export_untied(
+    traced: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Knows
+) -> Export:
+    """With symbols for as many of these sizes as need not come to a number."""
+    try:
+        return export(traced, inputs, symbols, knows, untied=True)
+    except Tied as tied:
+        fewer = [free - fixed for free, fixed in zip(symbols, tied.dims, strict=True)]
+    return _export_untied(traced, inputs, fewer, knows)
 
 
 def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
@@ -183,7 +161,7 @@ def _turns(export: Export) -> Iterator[_Turn]:
         for symbol in () if comparison.of_torch else sorted(relation.free_symbols, key=str):
             for value in _candidates(relation, own[symbol]):
                 values = {**own, symbol: value}
-                if relation.subs(values) == sympy.false:
+                if comparison.holds_at(values) is False:
                     if _sets_one_apart(relation):
                         ones[symbol] = value
                     else:
