@@ -2,12 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
@@ -15,6 +15,7 @@ import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers.fitted import FittedTailDropout
@@ -53,6 +54,39 @@ class Comparison:
 
     relation: sympy.Basic
     of_torch: bool
+
+    def holds_at(self, values: dict[sympy.Symbol, int]) -> bool | None:
+        """None where it means nothing, since something is divided by zero."""
+        try:
+            found = self.relation.subs(values)
+        except ZeroDivisionError:
+            return None
+        return bool(found) if found in (sympy.true, sympy.false) else None
+
+    @property
+    def ties(self) -> bool:
+        """Whether sizes must come to a number, as where pixels are flattened.
+
+        Torch compares with 0, too, to see that sizes divide each other.
+        """
+        return isinstance(self.relation, sympy.Eq) and any(
+            side.is_number and not (self.of_torch and side == 0) for side in self.relation.args
+        )
+
+
+Compared: TypeAlias = tuple[sympy.Basic, dict[sympy.Symbol, tuple[int, int]]]
+"""A comparison as it was made, with the dim and the size that each of its symbols stood for."""
+
+
+class Tied(Exception):
+    """Of the inputs, some sizes must come to a number: the dims of each tensor that have them.
+
+    With what the model's code has compared before.
+    """
+
+    def __init__(self, dims: list[set[int]], compared: list[Compared]) -> None:
+        self.dims = dims
+        self.compared = compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +130,8 @@ class Export:
         """Those that depend on sizes still."""
         found: dict[sympy.Basic, Comparison] = {}
         for environment in self._environments:
-            for guard in environment.guards:
-                relation = environment.replace(guard.expr)
-                if relation.free_symbols:
-                    found.setdefault(relation, Comparison(relation, _of_torch(guard)))
+            for comparison in _comparisons(environment, environment.guards):
+                found.setdefault(comparison.relation, comparison)
         return list(found.values())
 
     @cached_property
@@ -123,23 +155,9 @@ class Export:
         return list(dict.fromkeys(found))
 
     @cached_property
-    def compared(self) -> list[tuple[sympy.Basic, dict[sympy.Symbol, tuple[int, int]]]]:
-        """What code other than torch's compared, as it did: also of sizes that turned out to be
-        numbers later. With the dim and the size that each symbol stood for."""
-        found: dict[sympy.Basic, dict[sympy.Symbol, tuple[int, int]]] = {}
-        for environment in self._environments:
-            in_torch_2_6 = not hasattr(environment, "backed_var_to_val")
-            stood_for = environment.var_to_val if in_torch_2_6 else environment.backed_var_to_val
-            for guard in environment.guards:
-                if not _of_torch(guard):
-                    found[guard.expr] = {
-                        symbol: (
-                            int(environment.var_to_sources[symbol][0].idx),
-                            int(stood_for[symbol]),
-                        )
-                        for symbol in guard.expr.free_symbols
-                    }
-        return list(found.items())
+    def compared(self) -> list[Compared]:
+        """What the model's code compared, also of sizes that turned out to be numbers later."""
+        return [found for environment in self._environments for found in _compared(environment)]
 
     def values_at(self, inputs: Inputs) -> dict[sympy.Symbol, int] | None:
         """What the symbols are at other inputs; None where these are of other fixed sizes."""
@@ -160,8 +178,7 @@ class Export:
         """Whether the model takes this path at these sizes."""
         values = self.values_at(inputs)
         return values is not None and all(
-            comparison.of_torch or comparison.relation.subs(values) == sympy.true
-            for comparison in self.comparisons
+            comparison.of_torch or comparison.holds_at(values) for comparison in self.comparisons
         )
 
     def resized(self, values: dict[sympy.Symbol, int]) -> Any:
@@ -172,6 +189,14 @@ class Export:
 
 def evaluated(size: Size, values: dict[sympy.Symbol, int]) -> int:
     return size if isinstance(size, int) else int(size.subs(values))
+
+
+def _comparisons(environment: Any, guards: Sequence[Any]) -> Iterator[Comparison]:
+    """Those among what torch has found out that depend on sizes still."""
+    for guard in guards:
+        relation = environment.replace(guard.expr)
+        if relation.free_symbols:
+            yield Comparison(relation, _of_torch(guard))
 
 
 def _of_torch(guard: Any) -> bool:
@@ -210,7 +235,14 @@ def traceable(model: nn.Module) -> nn.Module:
     return traced
 
 
-def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Knows) -> Export:
+def export(
+    model: nn.Module,
+    inputs: Inputs,
+    symbols: list[set[int]],
+    knows: Knows,
+    *,
+    untied: bool = False,
+) -> Export:
     """One call of `torch.export`, with symbols for the sizes of these dims.
 
     Args:
@@ -218,6 +250,10 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
         inputs: what to call it with.
         symbols: dims of each tensor among the inputs.
         knows: which operations need not be written in terms of simpler ones.
+        untied: whether sizes that must come to a number may not be symbols.
+
+    Raises:
+        Tied: they are; at the first operation that shows it.
     """
     args, kwargs = as_arguments(inputs)
     sizes = ShapesCollection()
@@ -225,26 +261,100 @@ def export(model: nn.Module, inputs: Inputs, symbols: list[set[int]], knows: Kno
         sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
     with quiet(), warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols(any(symbols)):
         warnings.simplefilter("ignore")  # torch's, about its own tracing
-        program = torch.export.export(
-            model,
-            args,
-            kwargs,
-            dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
-            strict=False,
-        )
+        with _UntilTied(model) if untied else nullcontext():
+            program = torch.export.export(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=sizes.dynamic_shapes(model, args, kwargs) if any(symbols) else None,
+                strict=False,
+            )
         _functionalise(program.graph)
         if _needs_decomposing(program.graph, knows):
             program = program.run_decompositions({})
-    return Export(program, inputs, symbols)
+    found = Export(program, inputs, symbols)
+    if untied:  # once more: the model's code may have caught what was raised
+        tied = _tied_dims(found.comparisons, [n.meta["val"].shape for n in found.placeholders])
+        if any(tied):
+            raise Tied(tied, found.compared)
+    return found
 
 
-def _sizes_are_symbols(any_are: bool) -> AbstractContextManager[None]:
+class _UntilTied(TorchFunctionMode):
+    """Stops the model at the operation that ties sizes of its inputs to a number."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.shapes: list[Sequence[int | torch.SymInt]] = []
+        self.environment: Any = None
+        self.seen = 0  # of what torch has found out
+        self.hook = model.register_forward_pre_hook(self._start, with_kwargs=True)
+
+    def __exit__(self, *error: Any) -> None:
+        self.hook.remove()
+        super().__exit__(*error)
+
+    def _start(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.hook.remove()  # some modules take another path where they have hooks
+        self.shapes = [tensor.shape for tensor in tensors_of((args, kwargs))]
+        symbols = [n for shape in self.shapes for n in shape if isinstance(n, torch.SymInt)]
+        self.environment = symbols[0].node.shape_env if symbols else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.environment is not None and len(self.environment.guards) > self.seen:
+            new = self.environment.guards[self.seen :]
+            self.seen += len(new)
+            tied = _tied_dims(_comparisons(self.environment, new), self.shapes)
+            if any(tied):
+                raise Tied(tied, _compared(self.environment))
+        return result
+
+
+def _compared(environment: Any) -> list[Compared]:
+    """By code other than torch's."""
+    in_torch_2_6 = not hasattr(environment, "backed_var_to_val")
+    stood_for = environment.var_to_val if in_torch_2_6 else environment.backed_var_to_val
+    return [
+        (
+            guard.expr,
+            {
+                symbol: (int(environment.var_to_sources[symbol][0].idx), int(stood_for[symbol]))
+                for symbol in guard.expr.free_symbols
+            },
+        )
+        for guard in environment.guards
+        if not _of_torch(guard)
+    ]
+
+
+def _tied_dims(
+    comparisons: Iterable[Comparison], shapes: Iterable[Sequence[int | torch.SymInt]]
+) -> list[set[int]]:
+    tied = {s for c in comparisons if c.ties for s in c.relation.free_symbols}
+    return [{d for d, n in enumerate(sizes) if _symbols_of(n) & tied} for sizes in shapes]
+
+
+def _symbols_of(size: int | torch.SymInt) -> set[sympy.Symbol]:
+    found = size_of(size)
+    return set() if isinstance(found, int) else found.free_symbols
+
+
+@contextmanager
+def _sizes_are_symbols(any_are: bool) -> Iterator[None]:
     """Also those that are 0 or 1 in the example, which torch treats as numbers otherwise."""
-    if not any_are or not hasattr(symbolic_config, "backed_size_oblivious"):  # torch 2.6
-        return nullcontext()
-    config: Any = symbolic_config
-    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
-    return patched
+    if not any_are:
+        yield
+        return
+    import torch._dynamo.config  # which torch.export imports too
+
+    dynamo, symbolic = cast(Any, torch._dynamo.config), cast(Any, symbolic_config)
+    with ExitStack() as stack:
+        # What torch remembers of the operations that it has run costs more than it saves here.
+        stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
+        if hasattr(symbolic, "backed_size_oblivious"):  # not in torch 2.6
+            stack.enter_context(symbolic.patch(backed_size_oblivious=True))
+        yield
 
 
 def _functionalise(graph: fx.Graph) -> None:

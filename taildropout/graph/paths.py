@@ -6,6 +6,7 @@ otherwise, and at the neighbours of sizes that it uses as numbers.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..models.copies import PruningError, first_line
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, as_arguments, call, tensors_of
-from .exports import Export, Knows, Size, export, of_shapes, shape, traceable
+from .exports import Compared, Comparison, Export, Knows, Tied, export, of_shapes, shape, traceable
 
 # As many paths are read, at most.
 MOST_PATHS = 6
@@ -75,11 +76,10 @@ def read_paths(
     if any(x.ndim > 0 and len(x) == 0 for x in tensors[:1]):
         raise PruningError("the example inputs must hold at least one sample")
     traced = traceable(model)
-    attempts = _exports_of_example(traced, example_inputs, knows)
-    first = attempts[-1]
+    first, compared = _export_of_example(traced, example_inputs, knows)
     usual = cache(lambda: _functions_called(traced, example_inputs))
     exports, unread = [first], []
-    turns = [*_neighbours(first), *_turns(first), *_turns_of_numbers(attempts)]
+    turns = [*_neighbours(first), *_turns(first), *_turns_of_numbers(first, compared)]
     waiting = turns if most > 1 else []
     while waiting:
         turn = waiting.pop(0)
@@ -106,23 +106,17 @@ def read_paths(
     return Paths(exports, [*unread, *_beyond_numbers(exports)])
 
 
-def _exports_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows) -> list[Export]:
-    """The last is the one to use; those before have symbols for sizes that have to be numbers."""
-    tensors = tensors_of(as_arguments(example_inputs))
-    symbols = [set(range(x.ndim)) for x in tensors]
-    attempts: list[Export] = []
+def _export_of_example(
+    traced: nn.Module, example_inputs: Inputs, knows: Knows
+) -> tuple[Export, list[Compared]]:
+    """And what its code compared, also of sizes that are numbers in it."""
+    symbols = [set(range(x.ndim)) for x in tensors_of(as_arguments(example_inputs))]
+    compared: list[Compared] = []
     try:
-        attempts.append(export(traced, example_inputs, symbols, knows))
-        tied = _tied_to_numbers(attempts[-1])
-        if any(tied):
-            symbols = [free - fixed for free, fixed in zip(symbols, tied, strict=True)]
-            attempts.append(export(traced, example_inputs, symbols, knows))
-        if not any(_tied_to_numbers(attempts[-1])):
-            return attempts
-    except Exception:  # the sizes of some models can't be symbols
-        pass
-    try:
-        return [*attempts, export(traced, example_inputs, [set() for _ in tensors], knows)]
+        with suppress(Exception):  # the sizes of some models can't be symbols
+            found = _export_untied(traced, example_inputs, symbols, knows, compared)
+            return found, compared + found.compared
+        return export(traced, example_inputs, [set() for _ in symbols], knows), compared
     except Exception as error:
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
@@ -130,21 +124,23 @@ def _exports_of_example(traced: nn.Module, example_inputs: Inputs, knows: Knows)
         ) from error
 
 
-def _tied_to_numbers(export: Export) -> list[set[int]]:
-    """The dims of each input that must multiply to a number, as where pixels are flattened."""
-    tied: set[Any] = set()
-    for comparison in export.comparisons:
-        relation = comparison.relation
-        if isinstance(relation, sympy.Eq) and any(side.is_number for side in relation.args):
-            tied |= relation.free_symbols
-    return [
-        {d for d, size in enumerate(shape(node)) if _symbols_of(size) & tied}
-        for node in export.placeholders
-    ]
+def _export_untied(
+    traced: nn.Module,
+    inputs: Inputs,
+    symbols: list[set[int]],
+    knows: Knows,
+    compared: list[Compared],
+) -> Export:
+    """With symbols for as many of these sizes as need not come to a number.
 
-
-def _symbols_of(size: Size) -> set[Any]:
-    return set() if isinstance(size, int) else size.free_symbols
+    What was compared before that was found out is added to `compared`.
+    """
+    try:
+        return export(traced, inputs, symbols, knows, untied=True)
+    except Tied as tied:
+        fewer = [free - fixed for free, fixed in zip(symbols, tied.dims, strict=True)]
+        compared += tied.compared
+    return _export_untied(traced, inputs, fewer, knows, compared)
 
 
 def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
@@ -181,7 +177,7 @@ def _turns(export: Export) -> Iterator[_Turn]:
         for symbol in () if comparison.of_torch else sorted(relation.free_symbols, key=str):
             for value in _candidates(relation, own[symbol]):
                 values = {**own, symbol: value}
-                if relation.subs(values) == sympy.false:
+                if comparison.holds_at(values) is False:
                     if _sets_one_apart(relation):
                         ones[symbol] = value
                     else:
@@ -196,16 +192,15 @@ def _turns(export: Export) -> Iterator[_Turn]:
         yield _Turn("sizes of one", export.resized({**own, **ones}), True, one_by_one)
 
 
-def _turns_of_numbers(attempts: list[Export]) -> Iterator[_Turn]:
+def _turns_of_numbers(first: Export, compared: list[Compared]) -> Iterator[_Turn]:
     """The same of comparisons of sizes that turned out to be numbers later in the model's code."""
-    first = attempts[-1]
-    for relation, own in (found for attempt in attempts for found in attempt.compared):
+    for relation, own in compared:
         sizes = {symbol: size for symbol, (_, size) in own.items()}
         for symbol, (dim, size) in own.items():
             if (dim, size) not in first.numbers:
                 continue
             for other in _candidates(relation, size):
-                if relation.subs({**sizes, symbol: other}) == sympy.false:
+                if Comparison(relation, False).holds_at({**sizes, symbol: other}) is False:
                     yield _turn_of_number(first, dim, size, other)
                     break
 

@@ -17,15 +17,12 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ..graph.dataflow import Dataflow
-from ..graph.exports import LAYER, Export, export, is_tensor, traceable
+from ..graph.exports import LAYER, Export, export, is_tensor, shape, size_of, traceable
 from ..graph.rules import RULES, is_known
 from ..models.copies import PruningError, structural_copy
 from .cuts import Findings, Reading
 from .surgery import operate
 from .verify import does_not_run
-
-# Where slices start and end that take all.
-_ALL = ((), (0,), (0, sys.maxsize), (None, None), (0, None))
 
 # Of larger networks the small one is read with fixed sizes, which takes a third of the time.
 MOST_WITH_SYMBOLS = 150
@@ -239,13 +236,26 @@ def _operations(export: Export) -> list[fx.Node]:
 
 def _unsliced(node: fx.Node) -> fx.Node:
     """What a slice is of, where it takes all, and what has an alias or is made contiguous."""
-    while (node.target is torch.ops.aten.slice.Tensor and node.args[2:] in _ALL) or node.target in (
+    while _takes_all(node) or node.target in (
         torch.ops.aten.alias.default,
         torch.ops.aten.contiguous.default,
     ):
         assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
     return node
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """Whether it is a slice of all there is, at all sizes."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    source, dim, *bounds = _in_full(node).values()
+    return bounds == [0, sys.maxsize, 1] or (
+        bounds[0] == 0
+        and isinstance(bounds[1], fx.Node)
+        and bounds[2] == 1
+        and size_of(bounds[1].meta["val"]) == shape(source)[dim]
+    )
 
 
 def _pairs(node: fx.Node, own: fx.Node) -> Iterator[tuple[Any, Any]]:
@@ -263,18 +273,25 @@ def _arguments(node: fx.Node) -> list[list[Any]]:
 
     But the number of groups of a convolution, which the shapes of its input and weight tell.
     """
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if getattr(node.target, "_schema", None) is None:
         return [_held(argument) for argument in (*node.args, node.kwargs)]
-    return [
-        _held(
+    return [_held(value) for name, value in _in_full(node).items() if name != "groups"]
+
+
+def _in_full(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operation by name."""
+    values = {
+        argument.name: (
             node.args[i]
             if i < len(node.args)
             else node.kwargs.get(argument.name, argument.default_value)
         )
-        for i, argument in enumerate(schema.arguments)
-        if argument.name != "groups"
-    ]
+        for i, argument in enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+    }
+    if node.target is torch.ops.aten.slice.Tensor:
+        for bound, meant in (("start", 0), ("end", sys.maxsize)):
+            values[bound] = meant if values[bound] is None else values[bound]
+    return values
 
 
 def _held(argument: Any) -> list[Any]:
