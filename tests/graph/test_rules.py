@@ -5,9 +5,22 @@
 
 import pytest
 import torch
-from helpers.sizes import Do, M, assert_exact, images, of, runs, sequences, vectors
+from helpers.oracle import masked
+from helpers.sizes import (
+    Do,
+    M,
+    assert_exact,
+    assert_exact_unread,
+    converted,
+    images,
+    of,
+    runs,
+    sequences,
+    vectors,
+)
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from taildropout import TailDropout
 from taildropout.pruning.cuts import Reading
@@ -73,6 +86,8 @@ CONSTANTS = {
     "masked_by_a_number": lambda s, x: s.b(s.h(x).masked_fill(x.sum(-1, True) > 0, 0.3)),
     "masked_by_the_same": lambda s, x: s.b(s.h(x).cos().masked_fill(x.sum(-1, True) > 0, 1.0)),
     "masked_by_a_tensor": lambda s, x: s.b(s.h(x).masked_fill(x.sum(-1, True) > 0, x.mean())),
+    "masked_by_a_size": lambda s, x: s.b(s.h(x).masked_fill(x.sum(-1, True) > 0, len(x))),
+    "sums_of_all_pairs": lambda s, x: s.b((s.h(x)[:, None] + s.h(x)[..., None]).cos().amax(2)),
     "prelu_of_the_input": weighted_by_the_input,
     "prelu_of_the_batch": weighted_by_the_batch,
     "batch_norm_of_the_input": normalised_by_the_batch,
@@ -80,6 +95,9 @@ CONSTANTS = {
     "half_is_constant": lambda s, x: s.c(F.glu(mixed(s, x).flip(-1), dim=-1)),
     "other_half_is_constant": lambda s, x: s.c(F.glu(mixed(s, x), dim=-1)),
     "halves_are_constant": lambda s, x: s.c(F.glu(torch.cat([s.h(x) + 1, s.h(x)], -1))),
+    "halves_of_another_dim": lambda s, x: s.b(
+        F.glu(torch.stack([s.h(x) + 1, s.h(x)], 1), dim=1)[:, 0]
+    ),
     "stacked_constants": lambda s, x: s.b(torch.stack([s.h(x).cos(), s.h(x)], 1)[:, 0]),
     "stacked_apart": lambda s, x: s.b(torch.stack([s.h(x).cos(), s.h(x)], 1)),
     "concatenated_in_the_batch": lambda s, x: s.b(torch.cat([s.h(x).cos(), s.h(x)])),
@@ -93,12 +111,15 @@ CONSTANTS = {
     "shared_with_other_constants": shared,
     "shared_with_zeros": shared_with_zeros,
     "shared_with_the_same": lambda s, x: s.b(s.h(x).cos()) + s.b(s.h(2 * x).cos()),
+    "bias_of_its_own_and_elsewhere": lambda s, x: s.b(s.h(x).cos()) + s.b.bias,
+    "weight_behind_the_layer": lambda s, x: F.linear(s.h(x).cos(), s.t(s.b.weight), s.b.bias),
     "weight_of_the_input": behind_dynamic_weight,
     "product_with_constants": lambda s, x: s.b(s.h(x).cos() @ s.p[:12]),
     "sum_of_products": lambda s, x: s.b(s.h(x)[:, :, None].cos() @ s.p[:1] @ s.p[0]),
     "rows_of_a_table": lambda s, x: s.b(s.h(x)[:, None] + s.p),
     "entries_of_a_table": lambda s, x: s.b(s.h(x)[:, None] * s.p + s.times),
     "ones_like": lambda s, x: s.b(torch.ones_like(s.h(x)) - s.h(x)),
+    "full_like_a_size": lambda s, x: s.b(torch.full_like(s.h(x), len(x)) + s.h(x)),
     "full_like": lambda s, x: s.b(torch.full_like(s.h(x), 0.3) + s.h(x)),
 }
 
@@ -155,6 +176,8 @@ READ_AT_ONCE = {
     "padded_before": lambda s, x: s.c(F.pad(s.h(x), (2, 0))),
     "padded_behind": lambda s, x: s.c(F.pad(s.h(x), (0, 2), value=0.3)),
     "rolled": lambda s, x: s.b(s.h(x).roll(1, -1)),
+    "rolled_in_a_row": lambda s, x: s.b(s.h(x).roll(1)),
+    "each_twice_in_a_row": lambda s, x: s.b(s.h(x).repeat_interleave(2).view(-1, 12)),
     "reversed": lambda s, x: s.b(s.h(x).flip(-1)),
     "every_second": lambda s, x: s.d(s.h(x)[:, ::2]),
     "last": lambda s, x: s.d(s.h(x)[:, -6:]),
@@ -179,7 +202,7 @@ def test_what_mixes_features(forward):
 
 
 def heads(h):
-    return h.unflatten(-1, (2, 6)).transpose(1, 2)
+    return h.unflatten(-1, (-1, 6)).transpose(1, 2)
 
 
 def attention_with_zero_queries(s, x):
@@ -202,6 +225,7 @@ ALONG_OTHER_DIMS = {
     "rms_norm_over_time": lambda s, x: s.b(F.rms_norm(s.h(x).mT + 2, (7,)).mT),
     "group_norm": lambda s, x: s.b(F.group_norm(s.h(x).mT, 3).mT),
     "instance_norm": lambda s, x: s.b(F.instance_norm(s.h(x).mT + 1).mT),
+    "instance_norm_over_features": lambda s, x: s.b(F.instance_norm(s.h(x) + 1)),
     "table_of_seven": lambda s, x: s.b(s.h(x) + s.seven),
     "table_of_seven_times": lambda s, x: s.b(s.h(x).cos() * s.seven),
     "column_of_seven": lambda s, x: s.b(s.h(x) + s.seven[:, :1]),
@@ -238,7 +262,7 @@ def test_what_mixes_other_dims(forward):
         "of_seven": nn.Linear(7, 2),
         "of_all": nn.Linear(84, 2),
     }
-    small = assert_exact(with_parts(forward, **parts), (torch.randn(2, 7, 3),), sequences())
+    small = assert_exact(with_parts(forward, **parts), (torch.randn(2, 7, 3),), sequences(), 6)
     assert small is not None
 
 
@@ -255,6 +279,12 @@ class Alike(nn.Module):
         return F.conv_transpose2d(h, self.weight.expand(-1, -1, 2, 2), self.bias, **self.options)
 
 
+def with_a_bias_of_zeros(module):
+    del module.bias
+    module.register_buffer("bias", torch.zeros(12))
+    return module
+
+
 IMAGES = {
     "padded": lambda: nn.Conv2d(12, 4, 3, padding=1),
     "same": lambda: nn.Conv2d(12, 4, 3, padding="same"),
@@ -262,6 +292,9 @@ IMAGES = {
     "grouped": lambda: nn.Sequential(nn.Conv2d(12, 6, 3, groups=6), nn.Conv2d(6, 2, 1)),
     "grouped_without_bias": lambda: nn.Sequential(
         nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.Conv2d(12, 2, 1)
+    ),
+    "grouped_with_a_bias_of_zeros": lambda: nn.Sequential(
+        with_a_bias_of_zeros(nn.Conv2d(12, 12, 3, padding=1, groups=12)), nn.Conv2d(12, 2, 1)
     ),
     "transposed_places_differ": lambda: nn.ConvTranspose2d(12, 4, 2, 2),
     "transposed_alike": lambda: Alike(stride=2),
@@ -279,6 +312,9 @@ IMAGES = {
         nn.AvgPool2d(2, divisor_override=3), nn.Conv2d(12, 4, 1)
     ),
     "largest": lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(12, 4, 1)),
+    "places_of_the_largest": lambda: Do(
+        lambda h: F.max_pool2d(h, 2, return_indices=True)[1].to(h.dtype), nn.Conv2d(12, 4, 1)
+    ),
     "instance_norm": lambda: nn.Sequential(nn.InstanceNorm2d(12, affine=True), nn.Conv2d(12, 4, 1)),
     "instance_norm_of_statistics": lambda: nn.Sequential(
         nn.InstanceNorm2d(12, affine=True, track_running_stats=True), nn.Conv2d(12, 4, 1)
@@ -317,7 +353,7 @@ def test_tied_modules_that_read_the_same_constants(bias):
         c=nn.Linear(12, 2, bias=bias),
     )
     model.c.weight, model.c.bias = model.b.weight, model.b.bias
-    assert assert_exact(model, (torch.randn(3, 3),), vectors()) is not None
+    assert_exact_unread(model, (torch.randn(3, 3),), vectors())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -351,3 +387,94 @@ def test_channels_are_constant_and_positions_are_not():
     )
     others = [(torch.randn(batch, 3, 12),) for batch in (1, 2, 5)]
     assert assert_exact(model, (torch.randn(3, 3, 12),), others, {"1": 5, "3": 8}) is not None
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_one_number_stands_for_all_only_where_all_are_of_it(k):
+    model = M(
+        lambda s, x: s.b(((s.h(x) + s.p[0])[:, None] + (s.h(x) + s.p[1])[..., None]).cos().amax(2))
+    )
+    assert assert_exact(model, (torch.randn(3, 3),), vectors(), k) is not None
+
+
+def over_the_batch(s, x):
+    """Features in the dim of the batch, and as many channels."""
+    h = (s.h(x).T[:, None]).expand(-1, 12, -1)
+    return s.b(s.c(h).mean(1).T)
+
+
+def test_a_grouped_convolution_of_samples_that_are_zero():
+    """Of them its bias is left, channel by channel."""
+    model = with_parts(over_the_batch, c=nn.Conv1d(12, 12, 1, groups=12))
+    assert_exact_unread(model, (torch.randn(4, 3),), vectors())
+
+
+def test_a_truth_value_is_known():
+    model = M(lambda s, x: s.b((~(s.h(x) > 0)).to(x.dtype)))
+    assert assert_exact(model, (torch.randn(3, 3),), vectors()).b.weight.shape == (2, 5)
+
+
+# ------------------------------------------- as it is cut before the small network is looked at
+
+
+UNREAD = {
+    "diagonal": lambda s, x: s.b(
+        torch.einsum("bii->bi", s.h(x)[:, :, None] * s.h(x).cos()[:, None])
+    ),
+    "ellipsis": lambda s, x: torch.einsum("...i->...", s.h(x)),
+    "three_factors": lambda s, x: torch.einsum("bi,bi,bi->b", s.h(x), s.h(x), s.a(x)),
+    "one_for_all": lambda s, x: torch.einsum("bi,bi->b", s.h(x), x[:, :1]),
+    "by_a_vector": lambda s, x: (s.h(x).cos() @ s.p[0]).cos(),
+    "times_no_parameter": lambda s, x: s.b(s.h(x) * s.numbers),
+    "called_twice": lambda s, x: s.b(s.h(x)) + s.t(s.d(x)).mean(-1, keepdim=True),
+    "without_its_bias": lambda s, x: F.linear(s.h(x).cos(), s.c.weight),
+    "without_its_own_bias": lambda s, x: s.without(s.h(x).cos()),
+    "padded": lambda s, x: s.of_14(F.pad(s.h(x), (2, 0))),
+    "one_more_number": lambda s, x: s.b(s.h(x).cos() * torch.tensor([len(x)]).to(x)),
+    "interleaved": lambda s, x: s.b(torch.cat([s.h(x).cos()[:, ::2], s.h(x)[:, 1::2]], -1)),
+}
+
+
+class Without(nn.Linear):
+    """It has a bias, and does not add it."""
+
+    def forward(self, h):
+        return F.linear(h, self.weight)
+
+
+@of(UNREAD)
+def test_before_the_small_network_is_read(forward):
+    parts = {
+        "c": nn.Linear(12, 2, bias=False),
+        "d": nn.Linear(3, 12),
+        "of_14": nn.Linear(14, 2),
+        "without": Without(12, 2),
+        "numbers": torch.randn(12).double(),
+    }
+    assert_exact_unread(with_parts(forward, **parts), (torch.randn(3, 3),), vectors())
+
+
+def test_what_is_filled_in_stays_and_the_rest_goes():
+    model = with_parts(lambda s, x: s.c(F.pad(s.h(x), (2, 0))), c=nn.Linear(14, 2))
+    assert assert_exact(model, (torch.randn(3, 3),), vectors()).c.weight.shape == (2, 7)
+
+
+def test_a_layer_keeps_a_prefix():
+    """Its second feature is zero, and stays: a smaller k would mean others without it."""
+    model = M(lambda s, x: s.b(s.h(x) * s.gate))
+    model.register_buffer("gate", torch.tensor([1.0, 0, *[1] * 10]))
+    small = assert_exact(model, (torch.randn(3, 3),), vectors())
+    assert small.a.weight.shape == (5, 3)
+    (x,) = converted((torch.randn(3, 3),))
+    assert_close(masked(small, {"t": 3}, x), masked(model, {"t": 3}, x))
+
+
+def test_a_number_that_is_drawn_is_not_constant():
+    found = Reading(M(lambda s, x: s.b(s.h(x) + torch.rand(1))), torch.randn(3, 3)).find({"t": 5})
+    assert {cut.name for cut in found.cuts} == {"a.weight", "a.bias"}
+
+
+def test_the_norm_of_columns_needs_all_rows():
+    model = M(lambda s, x: s.b(s.h(x)))
+    model.a = nn.utils.parametrizations.weight_norm(model.a, dim=1)
+    assert assert_exact(model, (torch.randn(3, 3),), vectors()) is not None

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.oracle import as_trained, masked
-from torch import nn
+from torch import fx, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_map
 
 import taildropout as td
 from taildropout import PruningError, TailDropout
+from taildropout.graph.exports import LAYER
+from taildropout.pruning.cuts import Reading
+from taildropout.pruning.predicted import cut_unread
 
 K = 5
 LENGTHS = [1, 2, 3, 6, 7, 8, 9, 11, 12]
@@ -71,10 +74,63 @@ def assert_equal(actual, expected):
 
 def assert_exact(model, example, others, k=K):
     """Equal wherever the large model runs, or refused. The small network, None if refused."""
-    _, small = prune_or_refuse(model, example, k)
+    plan, small = prune_or_refuse(model, example, k)
     if small is not None:
         assert assert_equal_at(model, small, [example, *others], k) > 0
+        assert_known(plan.reading, plan.k, [example, *others][::4])
     return small
+
+
+def assert_exact_unread(model, example, others, k=K):
+    """As it is cut by what the operations say, before the small network is looked at."""
+    as_trained(model).double()
+    ks = k if isinstance(k, dict) else dict.fromkeys(td.tail_dropouts(model), k)
+    reading = Reading(model, converted(example))
+    found, small = cut_unread(model, ks, reading)
+    assert assert_equal_at(model, small, [example, *others], ks) > 0
+    assert_known(reading, ks, [example, *others])
+    return found
+
+
+@torch.no_grad()
+def assert_known(reading, ks, inputs):
+    """What is said to be constant is so, in every value that the model computes."""
+    known = reading.find(ks).solution.constants.known
+    model = copy.deepcopy(reading.model).eval()
+    inputs = [given for given in converted(inputs) if runs(model, given)]
+    for export in reading.flow.paths.exports:
+        for given in filter(export.covers, inputs):
+            values = values_of(export, given, ks)
+            for (node, dim), expected in known.items():
+                if node in values:
+                    value = values[node].double().movedim(dim, 0)
+                    rows = value.reshape(len(value), -1)[expected.mask]
+                    constant = expected.value[expected.mask][:, None].expand_as(rows)
+                    assert_close(rows, constant, rtol=1e-9, atol=1e-10, msg=f"{node} along {dim}")
+
+
+def values_of(export, inputs, ks):
+    """All values of an exported model, its layers set to `ks`."""
+    values = {}
+
+    class Masked(fx.Interpreter):
+        def run_node(self, node):
+            values[node] = super().run_node(node)
+            return values[node]
+
+        def call_function(self, target, args, kwargs):
+            if target is not LAYER:
+                return super().call_function(target, args, kwargs)
+            h, name, dim, n = args
+            stays = torch.arange(n) < ks.get(name, n)
+            return h * stays.view(-1, *[1] * (h.ndim - 1 - dim))
+
+    program, remaining = export.program, iter(tree_flatten(inputs)[0])
+    tensors = {**program.state_dict, **program.constants}
+    specs = program.graph_signature.input_specs
+    given = [tensors[s.target] if s.target in tensors else next(remaining) for s in specs]
+    Masked(program.graph_module).run(*given)
+    return values
 
 
 class M(nn.Module):
