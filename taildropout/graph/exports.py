@@ -1,5 +1,6 @@
 """What `torch.export` reads of a model: its operations, with symbols for sizes."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -261,7 +262,7 @@ def export(
         sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
     with quiet(), warnings.catch_warnings(), torch.no_grad(), _sizes_are_symbols(any(symbols)):
         warnings.simplefilter("ignore")  # torch's, about its own tracing
-        with _UntilTied(model) if untied else nullcontext():
+        with _all_named(model, kwargs), _UntilTied(model) if untied else nullcontext():
             program = torch.export.export(
                 model,
                 args,
@@ -278,6 +279,35 @@ def export(
         if any(tied):
             raise Tied(tied, found.compared)
     return found
+
+
+@contextmanager
+def _all_named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Inside, the names of all arguments stand in the signature, also of those in `**kwargs`.
+
+    For the sizes of others torch.export has no symbols.
+    """
+    forward, own = model.forward, vars(model).get("forward")
+    signature = inspect.signature(forward)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    others = set(kwargs) - {p.name for p in named}
+    if len(named) == len(signature.parameters) or not others:
+        yield
+        return
+
+    def named_forward(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
+    new = signature.replace(parameters=[*named, *(p for p in more if p.name in others)])
+    named_forward.__signature__ = new  # type: ignore[attr-defined]
+    model.forward = named_forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 class _UntilTied(TorchFunctionMode):

@@ -1,8 +1,14 @@
 """Which sizes are symbols, so that one reading holds for all of them."""
 
+import copy
+
 import torch
+from helpers.oracle import as_trained
 from helpers.sizes import K, M, assert_equal_at, prune_or_refuse
 from torch import nn
+from torch.testing import assert_close
+
+import taildropout as td
 
 
 def plan_and_check(forward, example, others):
@@ -59,3 +65,31 @@ def test_sizes_where_the_code_divides_by_zero_are_none_of_the_models():
 
     others = [(torch.randn(shape),) for shape in [(4, 8, 3), (1, 5, 3), (5, 9, 3)]]
     assert_is_cut(plan_and_check(forward, (torch.randn(4, 7, 3),), others))
+
+
+def test_arguments_that_the_signature_does_not_name_have_symbols_too():
+    """Wrappers hand all of them on."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    class Scaled(M):
+        def forward(self, x, scale):
+            return self.b(self.h(x) * scale)
+
+    model = as_trained(Wrapper(Scaled(None))).double()
+    inputs = {"scale": torch.randn(2, 1, 1).double(), "x": torch.randn(2, 7, 3).double()}
+    plan = td.plan_pruning(model, K, inputs)
+    assert len(plan.reading.flow.paths.exports) == 1
+    assert plan.reading.flow.paths.unread == []
+    small, large = plan.apply(model).eval(), copy.deepcopy(model).eval()
+    assert "forward" not in vars(small)
+    assert small.model.b.weight.shape == (2, K)
+    large.model.t.set_k(K)
+    other = {"x": torch.randn(5, 4, 3).double(), "scale": torch.randn(5, 4, 1).double()}
+    assert_close(small(**other), large(**other), rtol=1e-9, atol=1e-10)
