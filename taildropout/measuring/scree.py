@@ -1,22 +1,21 @@
 """Measuring loss(k): how much each further feature is worth, on held-out data."""
 
-import logging
 from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..functional.checks import check_k_at_most
-from ..models.inputs import Inputs, call, pair_of, to_device
+from ..models.inputs import Inputs, pair_of, to_device
 from ..models.width import Width, as_it_was, check_ks, features_of, find_layer, k_at
-from .at_once import FanOut, FanOutError
+from .at_once import Losses
 from .curve import Scree
+from .cuts import Swept
 from .moments import Moments, of_all_processes
 from .per_sample import Loss, per_sample
-
-log = logging.getLogger(__name__)
+from .vmapped import quiet
 
 
 def scree(
@@ -35,11 +34,11 @@ def scree(
     The model is run in eval mode without gradients, and comes back in the state that it was in:
     modes, ks, and the state of torch's random generator, also after an exception or Ctrl-C.
 
-    The part of the model before the layer runs once for many ks: the layer fans its input out to
-    a chunk of the ks along the batch dim, and the rest of the model sees one larger batch. Where
-    a single `nn.Linear` reads the layer, its outputs for all ks are one running sum. On the first
-    batch this is checked against plain runs with `set_k`; where it does not agree (a skip
-    connection around the layer, say), all ks are run one by one, and the log says why.
+    What does not depend on k runs once for each batch: the part of the model before the layer,
+    and what passes the layer by. The rest runs under `torch.vmap`, for a chunk of the ks at once.
+    Where a single `nn.Linear` reads the layer, its outputs for all ks are one running sum. On the
+    first batch this is checked against plain runs with `set_k`; where it does not agree or can't
+    run, the ks run one by one from the layer on, and a warning says why.
 
     Under `torch.distributed` each process passes its own share of the data, all must take part,
     and all get the same result. Of a DistributedDataParallel pass `model.module`: the wrapper
@@ -82,17 +81,8 @@ def scree(
         device = next((parameter.device for parameter in model.parameters()), None)
     chosen: list[int] | None = None
     moments: Moments | None = None
-    fan_out: FanOut | None = FanOut(model, swept, per_sample_loss, memory)
     total = len(data) if isinstance(data, Sized) else None
-    with as_it_was(model), swept.using_k(None), torch.no_grad():
-
-        def one_by_one(inputs: Inputs, target: Any, ks: list[int]) -> Tensor:  # (len(ks), batch)
-            losses = []
-            for k in ks:
-                with swept.using_k(k):
-                    losses.append(per_sample_loss(call(model, inputs), target))
-            return torch.stack(losses).double().cpu()
-
+    with as_it_was(model), swept.using_width(None), quiet(), torch.no_grad():
         for batch in tqdm(data, desc="scree", total=total, disable=not progress):
             inputs, target = to_device(pair_of(batch), device)
             if moments is None or chosen is None:
@@ -100,22 +90,10 @@ def scree(
                 chosen = _default_ks(n) if widths is None else sorted({k_at(w, n) for w in widths})
                 check_k_at_most(chosen[-1], n)
                 moments = Moments(len(chosen))
-            if fan_out is not None and not fan_out.checked:
-                some = sorted({chosen[i * (len(chosen) - 1) // 3] for i in range(4)})
-                expected = one_by_one(inputs, target, some)
-                try:
-                    fan_out.check(inputs, target, some, expected)
-                except FanOutError as error:
-                    fan_out = None
-                    log.info("scree of layer %r runs each k by itself: %s", name, error)
-            losses: Tensor | None = None
-            if fan_out is not None and fan_out.checked:
-                try:
-                    losses = fan_out.losses(inputs, target, chosen)
-                except Exception as error:  # this batch took another way through the network
-                    fan_out = None
-                    log.info("scree of layer %r runs each k by itself from here: %s", name, error)
-            moments.add(one_by_one(inputs, target, chosen) if losses is None else losses)
+                losses = Losses(
+                    model, per_sample_loss, f"layer {name!r}", [Swept(swept, chosen)], memory
+                )
+            moments.add(losses.of(inputs, target))
     chosen, moments = of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
