@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 import taildropout as td
 
+SIZES = range(0, 1025, 8)  # as many as the default
+BATCHES = 4
+
 
 @dataclass
 class Case:
@@ -88,8 +91,7 @@ def bert(block: int) -> Case:
     )
     model = transformers.BertForSequenceClassification(config)
     td.insert(model, f"bert.encoder.layer.{block}.intermediate", td.TailDropout())
-    inputs = {"input_ids": torch.randint(1000, (16, 64))}
-    data = [(inputs, torch.randint(3, (16,)))]
+    data = [({"input_ids": tokens}, torch.randint(3, (16,))) for tokens in sentences()]
 
     def loss(output: transformers.utils.ModelOutput, target: Tensor) -> Tensor:
         return cross_entropy(output.logits, target)
@@ -108,13 +110,17 @@ def gpt(block: int) -> Case:
     )
     model = transformers.GPT2LMHeadModel(config)
     td.insert(model, f"transformer.h.{block}.mlp.act", td.TailDropout())
-    tokens = torch.randint(1000, (16, 64))
+    data = [({"input_ids": tokens}, tokens) for tokens in sentences()]
 
     def loss(output: transformers.utils.ModelOutput, target: Tensor) -> Tensor:
         return cross_entropy(output.logits[:, :-1].transpose(1, 2), target[:, 1:]).mean(1)
 
     name = f"GPT-2 of 8 blocks, in the MLP of block {block + 1}"
-    return Case(name, model, loss, [({"input_ids": tokens}, tokens)], SIZES)
+    return Case(name, model, loss, data, SIZES)
+
+
+def sentences() -> list[Tensor]:
+    return list(torch.randint(1000, (BATCHES, 16, 64)))
 
 
 class Block(nn.Module):
@@ -139,7 +145,7 @@ def resnet(block: int) -> Case:
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     model = nn.Sequential(nn.Conv2d(3, 128, 3, padding=1), *(Block(128) for _ in range(8)), *head)
     td.insert(model, f"{block + 1}.norm2", td.TailDropout(dropout_dim=1))
-    data = [(torch.rand(16, 3, 16, 16), torch.randint(10, (16,)))]
+    data = [(torch.rand(16, 3, 16, 16), torch.randint(10, (16,))) for _ in range(BATCHES)]
     name = f"ResNet of 8 bottlenecks, in block {block + 1}"
     return Case(name, model, cross_entropy, data, range(65))
 
@@ -147,7 +153,7 @@ def resnet(block: int) -> Case:
 def unet() -> Case:
     model = UNet((16, 32, 64, 128))
     td.insert(model, "down.3.5", td.TailDropout(dropout_dim=1))
-    data = [(torch.rand(8, 3, 32, 32), torch.randint(2, (8, 32, 32)))]
+    data = [(torch.rand(8, 3, 32, 32), torch.randint(2, (8, 32, 32))) for _ in range(BATCHES)]
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(output, target).flatten(1).mean(1)
@@ -155,13 +161,10 @@ def unet() -> Case:
     return Case("U-Net of 4 levels, at the lowest", model, loss, data, range(129))
 
 
-SIZES = range(0, 1025, 16)
-
-
 def measure(case: Case, rounds: int) -> dict[str, float]:
     model, loss, data = case.model.eval(), case.loss, case.data
     (layer,) = td.tail_dropouts(model).values()
-    some, batches = case.ks[::8], data[:2]
+    some, batches = case.ks[::16], data[:2]
 
     @torch.no_grad()
     def loop() -> None:

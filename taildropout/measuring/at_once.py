@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import TailDropout
 from ..models.copies import first_line
 from ..models.hooks import hooked, with_forwards
 from ..models.inputs import Inputs, call, tensors_of
-from .cuts import Swept
+from .cuts import Cut
 from .once import RandomNumbers, RandomState, RunOnce, modules_without
-from .vmapped import folding_forwards, linear_of_prefix, without_leftovers
+from .vmapped import folding_forwards, without_leftovers
 
 # More at once is slower: a chunk's activations no longer fit into the cache of a CPU, or anything
 # much larger than a GPU needs to be busy.
 _ENOUGH = 2**23
 
-Points = Sequence[int]
+Grid = Sequence[Mapping[TailDropout, int]]
+"""Which k each layer has at each point of a measurement: the layers are the same at all points."""
 
 
 class NotTrustedError(RuntimeError):
@@ -36,13 +38,13 @@ class NotTrustedError(RuntimeError):
 
 
 class Losses:
-    """The losses of each sample at every point of a sweep, batch by batch.
+    """The losses of each sample at every point of a grid, batch by batch.
 
     Args:
         model: in eval mode.
         loss: gives one value per sample.
         name: what warnings call the layers.
-        swept: the layers, with their ks at all points.
+        cuts: the layers whose k is measured, and what each keeps of its features.
         memory: bytes that the activations of a chunk may take, about.
     """
 
@@ -51,14 +53,12 @@ class Losses:
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
         name: str,
-        swept: Sequence[Swept],
+        cuts: Mapping[TailDropout, Cut],
         memory: int,
     ) -> None:
         self.model, self.loss, self.name, self.memory = model, loss, name, memory
-        self.swept = swept
-        self.layers = [s.layer for s in swept]
-        self.points = range(len(swept[0].ks))
-        self.before = modules_without(model, self.layers)
+        self.cuts = cuts
+        self.before = modules_without(model, cuts)
         self.numbers = RandomNumbers(model)
         self.ways = [
             self._with_running_sums,
@@ -69,21 +69,21 @@ class Losses:
         self.trusted = False
         self.slow_because: Exception | None = None
 
-    def of(self, inputs: Inputs, target: Any) -> Tensor:
+    def of(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
         """In float64 on the CPU, `(points, batch)`. All points see the same random numbers."""
         start = self.numbers.now()
         if not self.trusted:
-            some = sorted({i * (len(self.points) - 1) // 3 for i in range(4)})
+            some = [grid[i] for i in sorted({i * (len(grid) - 1) // 3 for i in range(4)})]
             expected = self._one_by_one(inputs, target, some)
             if expected.shape[1] > 0:  # no samples prove nothing
                 self._find_way(inputs, target, some, expected, start)
         self.numbers.go_back_to(start)
         try:
             way = self.ways[0] if self.trusted else self._one_by_one
-            losses = way(inputs, target, self.points)
+            losses = way(inputs, target, grid)
         except Exception as error:  # the plain runs go through, or raise what is to be raised
             self.numbers.go_back_to(start)
-            losses = self._one_by_one(inputs, target, self.points)
+            losses = self._one_by_one(inputs, target, grid)
             self._distrust(error)  # this batch went another way through the network
         if self.slow_because is not None:
             self._warn(self.slow_because)
@@ -91,7 +91,7 @@ class Losses:
         return losses
 
     def _find_way(
-        self, inputs: Inputs, target: Any, some: Points, expected: Tensor, start: RandomState
+        self, inputs: Inputs, target: Any, some: Grid, expected: Tensor, start: RandomState
     ) -> None:
         """The first that agrees with plain runs at some points."""
         try:
@@ -113,46 +113,46 @@ class Losses:
 
     # --- the ways --------------------------------------------------------------------------------
 
-    def _one_by_one(self, inputs: Inputs, target: Any, points: Points) -> Tensor:
+    def _one_by_one(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
         start = self.numbers.now()
         losses = []
-        for point in points:
+        for ks in grid:
             self.numbers.go_back_to(start)
             with ExitStack() as stack:
-                for swept in self.swept:
-                    stack.enter_context(swept.at(point))
+                for layer, k in ks.items():
+                    stack.enter_context(self.cuts[layer].at(layer, k))
                 losses.append(self.loss(call(self.model, inputs), target))
         return torch.stack(losses).double().cpu()
 
-    def _one_by_one_from_the_layer(self, inputs: Inputs, target: Any, points: Points) -> Tensor:
+    def _one_by_one_from_the_layer(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
         losses = []
         with self._once() as once:
-            for point in points:
+            for ks in grid:
                 once.start_again()
-                losses.append(self._one_by_one(inputs, target, [point]))
+                losses.append(self._one_by_one(inputs, target, [ks]))
         return torch.cat(losses)
 
-    def _with_running_sums(self, inputs: Inputs, target: Any, points: Points) -> Tensor:
+    def _with_running_sums(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
         if not self.readers:
             raise NotTrustedError("no Linear alone reads the layer")
-        return self._vmapped(inputs, target, points, self.readers)
+        return self._vmapped(inputs, target, grid, self.readers)
 
     def _vmapped(
         self,
         inputs: Inputs,
         target: Any,
-        points: Points,
-        readers: Mapping[nn.Linear, Swept] | None = None,
+        grid: Grid,
+        readers: Mapping[nn.Linear, TailDropout] | None = None,
     ) -> Tensor:
         readers = readers or {}
         bytes_of_point = self._bytes_of_point(inputs, set(readers.values()))
         enough = max(2, _ENOUGH // bytes_of_point) if self.trusted else 2  # chunks, to be checked
         size = max(1, min(enough, self.memory // bytes_of_point))
-        ks = [torch.tensor([swept.ks[i] for i in points]) for swept in self.swept]
+        ks_of_layers = [torch.tensor([ks[layer] for ks in grid]) for layer in self.cuts]
 
         def run(*ks: Tensor) -> Tensor:
             once.start_again()
-            with self._cut(ks, readers):
+            with self._cut(dict(zip(self.cuts, ks, strict=True)), readers):
                 return self.loss(call(self.model, inputs), target)
 
         with (
@@ -161,49 +161,46 @@ class Losses:
             self._once() as once,
         ):
             at_once = torch.vmap(run, randomness="same")
-            chunks = zip(*(k.split(size) for k in ks), strict=True)
+            chunks = zip(*(ks.split(size) for ks in ks_of_layers), strict=True)
             return torch.cat([at_once(*chunk).double().cpu() for chunk in chunks])
 
     @contextmanager
-    def _cut(self, ks: Sequence[Tensor], readers: Mapping[nn.Linear, Swept]) -> Iterator[None]:
+    def _cut(
+        self, ks: Mapping[TailDropout, Tensor], readers: Mapping[nn.Linear, TailDropout]
+    ) -> Iterator[None]:
         """Each layer cut to its k, or the Linear that reads it."""
-        passed: dict[Swept, Tensor] = {}
+        passed: dict[nn.Module, Tensor] = {}
 
-        def cut(swept: Swept, k: Tensor) -> Callable[..., Tensor]:
-            return lambda layer, args, output: swept.keep(output, k)
+        def cut(layer: TailDropout, args: Any, output: Tensor) -> Tensor:
+            return self.cuts[layer].keep(output, ks[layer])
 
-        def pass_on(swept: Swept) -> Callable[..., Tensor]:
-            def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-                passed[swept] = output.view_as(output)  # recognised by the Linear that reads it
-                return passed[swept]
+        def pass_on(layer: TailDropout, args: Any, output: Tensor) -> Tensor:
+            passed[layer] = output.view_as(output)  # recognised by the Linear that reads it
+            return passed[layer]
 
-            return hook
-
-        def read(linear: nn.Linear, swept: Swept, k: Tensor) -> Callable[..., Tensor]:
+        def reading(linear: nn.Linear, layer: TailDropout) -> Callable[[Tensor], Tensor]:
             forward = linear.forward
 
-            def run(input: Tensor) -> Tensor:
-                if input is not passed.get(swept):
+            def read(input: Tensor) -> Tensor:
+                if input is not passed.get(layer):
                     return forward(input)
-                return linear_of_prefix(input, k, linear.weight, linear.bias)
+                return self.cuts[layer].read(input, ks[layer], linear.weight, linear.bias)
 
-            return run
+            return read
 
-        k_of = dict(zip(self.swept, ks, strict=True))
-        read_by_linear = set(readers.values())
         hooks: dict[nn.Module, Callable[..., Any]] = {
-            swept.layer: pass_on(swept) if swept in read_by_linear else cut(swept, k)
-            for swept, k in k_of.items()
+            **dict.fromkeys(self.cuts, cut),
+            **dict.fromkeys(readers.values(), pass_on),
         }
         forwards: dict[nn.Module, Callable[..., Any]] = {
-            linear: read(linear, swept, k_of[swept]) for linear, swept in readers.items()
+            linear: reading(linear, layer) for linear, layer in readers.items()
         }
         with hooked(hooks), with_forwards(forwards):
             yield
 
     @contextmanager
     def _once(self) -> Iterator[RunOnce]:
-        once = RunOnce(self.layers, self.before, self.changed, self.numbers)
+        once = RunOnce(self.cuts, self.before, self.changed, self.numbers)
         with once.in_force():
             yield once
 
@@ -211,18 +208,15 @@ class Losses:
 
     def _look(self, inputs: Inputs) -> None:
         """Which Linear reads a layer alone, how large what comes behind is, what is changed."""
-        passed: dict[Swept, list[Tensor]] = {swept: [] for swept in self.swept}
-        readers: dict[Swept, list[nn.Module]] = {swept: [] for swept in self.swept}
+        passed: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self.cuts}
+        readers: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in self.cuts}
         returned: list[tuple[nn.Module, Tensor, int]] = []
         self.bytes_behind = 0
 
-        def mark(swept: Swept) -> Callable[..., Tensor]:
-            def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-                self.dtype = output.dtype
-                passed[swept].append(output.view_as(output))
-                return passed[swept][-1]
-
-            return hook
+        def mark(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            self.dtype = output.dtype
+            passed[layer].append(output.view_as(output))
+            return passed[layer][-1]
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             behind = any(passed.values())
@@ -232,26 +226,29 @@ class Losses:
                     returned.append((module, tensor, _version(tensor)))
                 elif is_leaf:
                     self.bytes_behind += tensor.nbytes
-            for swept, outputs in passed.items():
-                if is_leaf and args and any(args[0] is features for features in outputs):
-                    readers[swept].append(module)
+            for layer, features in passed.items():
+                if is_leaf and args and any(args[0] is tensor for tensor in features):
+                    readers[layer].append(module)
 
         hooks: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self.before, look)
-        with hooked({**hooks, **{swept.layer: mark(swept) for swept in self.swept}}):
+        with hooked({**hooks, **dict.fromkeys(self.cuts, mark)}):
             call(self.model, inputs)
         self.bytes_of_inputs = sum(tensor.nbytes for tensor in tensors_of(inputs))
-        self.bytes_of_features = {s: sum(x.nbytes for x in passed[s]) for s in self.swept}
+        self.bytes_of_features = {layer: sum(x.nbytes for x in passed[layer]) for layer in passed}
         self.changed = {m for m, tensor, version in returned if _version(tensor) != version}
-        self.readers: dict[nn.Linear, Swept] = {}
-        for swept, features in passed.items():
-            last = len(features) == 1 and swept.layer.dropout_dim in (-1, features[0].ndim - 1)
-            match readers[swept]:
+        self.readers: dict[nn.Linear, TailDropout] = {}
+        for layer in self.cuts:
+            features = passed[layer]
+            last = len(features) == 1 and layer.dropout_dim in (-1, features[0].ndim - 1)
+            match readers[layer]:
                 case [nn.Linear() as linear] if last and type(linear) is nn.Linear:
-                    self.readers[linear] = swept
+                    self.readers[linear] = layer
 
-    def _bytes_of_point(self, inputs: Inputs, read_by_linear: set[Swept]) -> int:
+    def _bytes_of_point(self, inputs: Inputs, read_by_linear: set[TailDropout]) -> int:
         """What one point takes in a chunk."""
-        features = sum(b for s, b in self.bytes_of_features.items() if s not in read_by_linear)
+        features = sum(
+            size for layer, size in self.bytes_of_features.items() if layer not in read_by_linear
+        )
         bytes_of_inputs = sum(tensor.nbytes for tensor in tensors_of(inputs))
         larger = bytes_of_inputs / self.bytes_of_inputs if self.bytes_of_inputs else 1
         return max(1, int(2 * (self.bytes_behind + features) * larger))
@@ -267,7 +264,7 @@ class Losses:
         if not torch.allclose(actual, expected, rtol, atol, equal_nan=True):
             difference = float((actual - expected).abs().max())
             raise NotTrustedError(
-                f"the losses differ by up to {difference:.3g} from those of runs with set_k"
+                f"the losses differ by up to {difference:.3g} from those of runs for one k"
             )
 
     def _warn(self, error: Exception) -> None:

@@ -1,6 +1,7 @@
 """Measuring loss(k): how much each further feature is worth, on held-out data."""
 
 from collections.abc import Iterable, Sized
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..models.inputs import Inputs, pair_of, to_device
 from ..models.width import Width, as_it_was, check_ks, features_of, find_layer, k_at
 from .at_once import Losses
 from .curve import Scree
-from .cuts import Swept
+from .cuts import Features, First, Principal, Random, check_features
 from .moments import Moments, of_all_processes
 from .per_sample import Loss, per_sample
 from .vmapped import quiet
@@ -25,6 +26,7 @@ def scree(
     *,
     layer: str | None = None,
     ks: Iterable[Width] | None = None,
+    features: Features = "first",
     device: torch.device | str | None = None,
     progress: bool = True,
     memory: int = 2**30,
@@ -56,13 +58,30 @@ def scree(
         ks: the ks to measure, ints or fractions of n in (0, 1]. None: all of 0, ..., n up to
             n = 256, else 0, n and up to 128 sizes spaced geometrically. The largest is what
             `choose` compares with, so include n.
+        features: which of the n features the k are, for comparison:
+
+            - "first": those that the layer keeps.
+            - "random": k in a random order, the same at each k and in each call: what any k are
+              worth.
+            - "principal": the mean of the features, and what their first k principal components
+              have of the rest: the k directions in which they vary most. The data are gone
+              through twice, first for the components, so pass no generator.
+
+            At k = n all three are the whole network. The last two need no training with the
+            layer: insert it into any trained network. They are no ks to prune to.
         device: where the batches are moved to. None: the device of the model's parameters.
         progress: show a progress bar.
         memory: bytes that the activations of a chunk of ks may take, about.
 
+    Source: of the projection on principal components, m + V_k V_k' (x - m), Pearson, On lines and
+    planes of closest fit to systems of points in space (1901); of the first features as its
+    nonlinear counterpart, Rippel, Gelbart and Adams, Learning ordered representations with nested
+    dropout (2014).
+
     Raises:
         ValueError: no TailDropout layer, several and none named, a layer that the model does not
-            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class weights or ignored targets.
+            call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with
+            class weights or ignored targets, a generator where the data are gone through twice.
         TypeError: the loss does not give one value per sample; the message says how to mend it.
 
     Example:
@@ -77,27 +96,34 @@ def scree(
     name, swept = find_layer(model, layer)
     per_sample_loss = per_sample(loss)
     widths = None if ks is None else check_ks(ks, name)
+    check_features(features, data)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
+    total = len(data) if isinstance(data, Sized) else None
     chosen: list[int] | None = None
     moments: Moments | None = None
-    total = len(data) if isinstance(data, Sized) else None
     with as_it_was(model), swept.using_width(None), quiet(), torch.no_grad():
-        for batch in tqdm(data, desc="scree", total=total, disable=not progress):
-            inputs, target = to_device(pair_of(batch), device)
-            if moments is None or chosen is None:
-                n = features_of(model, swept, name, inputs)
-                chosen = _default_ks(n) if widths is None else sorted({k_at(w, n) for w in widths})
-                check_k_at_most(chosen[-1], n)
-                moments = Moments(len(chosen))
-                losses = Losses(
-                    model, per_sample_loss, f"layer {name!r}", [Swept(swept, chosen)], memory
-                )
-            moments.add(losses.of(inputs, target))
+        components = None
+        if features == "principal":
+            components = Principal.of(model, swept, data, device)
+        bar = tqdm(data, desc="scree", total=total, disable=not progress)
+        batches = (to_device(pair_of(batch), device) for batch in bar)
+        first = next(batches, None)
+        if first is not None:
+            n = features_of(model, swept, name, first[0])
+            chosen = _default_ks(n) if widths is None else sorted({k_at(w, n) for w in widths})
+            check_k_at_most(chosen[-1], n)
+            dim = swept.dropout_dim
+            cut = components or (Random(dim, n) if features == "random" else First(dim))
+            losses = Losses(model, per_sample_loss, f"layer {name!r}", {swept: cut}, memory)
+            grid = [{swept: k} for k in chosen]
+            moments = Moments(len(grid))
+            for inputs, target in chain([first], batches):
+                moments.add(losses.of(inputs, target, grid))
     chosen, moments = of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
-    return Scree(name, chosen, moments.mean, moments.count, moments.covariance())
+    return Scree(name, chosen, moments.mean, moments.count, moments.covariance(), features)
 
 
 def _default_ks(n: int) -> list[int]:
