@@ -1,246 +1,282 @@
-"""A network's losses for many ks of one layer, in one run for all of them.
+"""A network's losses at many ks, for less than one run of the network for each.
 
-In eval mode the layer passes its input on. Here it fans it out: its output has K copies of the
-batch, one after the other along the batch dim, the i-th cut to the i-th k, and what comes behind
-sees one batch that is K times as large. Where one `nn.Linear` reads the layer, the fan-out takes
-place behind it, from `prefix_linear`.
+`torch.vmap` runs the network once for many ks: what does not depend on k is computed once, also
+around residual connections, and the rest for all ks together. That takes memory, so the ks come
+in chunks, and what comes in front of the layer is computed in the first of them only. Where one
+`nn.Linear` reads the layer, its outputs for all ks are a running sum.
 
-Not every network treats its samples one by one, and some hand things past the layer whose batch
-stays small. So `FanOut` is only to be trusted after `check`.
+Not all code runs under vmap. So each way of computing the losses is compared with plain runs,
+which set k, before it is trusted, and there are slower ones to fall back on.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ..functional import keep_prefix, prefix_linear
 from ..layers import TailDropout
-from ..models.hooks import hooked
+from ..models.copies import first_line
+from ..models.hooks import hooked, with_forwards
 from ..models.inputs import Inputs, call, tensors_of
+from .cuts import Cut
+from .once import RandomNumbers, RandomState, RunOnce, modules_without
+from .vmapped import folding_forwards, without_leftovers
 
 # More at once is slower: a chunk's activations no longer fit into the cache of a CPU, or anything
 # much larger than a GPU needs to be busy.
 _ENOUGH = 2**23
 
-PerSampleLoss = Callable[[Any, Any], Tensor]
+Grid = Sequence[Mapping[TailDropout, int]]
+"""Which k each layer has at each point of a measurement: the layers are the same at all points."""
 
 
-class FanOutError(RuntimeError):
-    """The network can't be run for many ks at once; the message says why."""
+class NotTrustedError(RuntimeError):
+    """A way of computing the losses can't be used for this network; the message says why."""
 
 
-class FanOut:
-    """Runs `model` for chunks of ks of `layer`, as large as `memory` allows, about, in bytes."""
+class Losses:
+    """The losses of each sample at every point of a grid, batch by batch.
+
+    Args:
+        model: in eval mode.
+        loss: gives one value per sample.
+        name: what warnings call the layers.
+        cuts: the layers whose k is measured, and what each keeps of its features.
+        memory: bytes that the activations of a chunk may take, about.
+    """
 
     def __init__(
-        self, model: nn.Module, layer: TailDropout, loss: PerSampleLoss, memory: int
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        name: str,
+        cuts: Mapping[TailDropout, Cut],
+        memory: int,
     ) -> None:
-        self.model, self.layer, self.loss, self.memory = model, layer, loss, memory
-        dims = layer.batch_dim if isinstance(layer.batch_dim, tuple) else (layer.batch_dim,)
-        self.batch_dim = dims[0] if dims else 0
-        self.linear: nn.Linear | None = None
-        self.checked = False
+        self.model, self.loss, self.name, self.memory = model, loss, name, memory
+        self.cuts = cuts
+        self.before = modules_without(model, cuts)
+        self.numbers = RandomNumbers(model)
+        self.ways = [
+            self._with_running_sums,
+            self._vmapped,
+            self._one_by_one_from_the_layer,
+            self._one_by_one,
+        ]
+        self.trusted = False
+        self.slow_because: Exception | None = None
 
-    def check(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
-        """Compare with the losses of plain runs, `(len(ks), batch)`.
+    def of(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
+        """In float64 on the CPU, `(points, batch)`. All points see the same random numbers."""
+        start = self.numbers.now()
+        if not self.trusted:
+            some = [grid[i] for i in sorted({i * (len(grid) - 1) // 3 for i in range(4)})]
+            expected = self._one_by_one(inputs, target, some)
+            if expected.shape[1] > 0:  # no samples prove nothing
+                self._find_way(inputs, target, some, expected, start)
+        self.numbers.go_back_to(start)
+        try:
+            way = self.ways[0] if self.trusted else self._one_by_one
+            losses = way(inputs, target, grid)
+        except Exception as error:  # the plain runs go through, or raise what is to be raised
+            self.numbers.go_back_to(start)
+            losses = self._one_by_one(inputs, target, grid)
+            self._distrust(error)  # this batch went another way through the network
+        if self.slow_because is not None:
+            self._warn(self.slow_because)
+            self.slow_because = None
+        return losses
 
-        A batch of one sample proves nothing, since it broadcasts: `checked` stays False.
-
-        Raises:
-            FanOutError: they differ, or the network can't run.
-        """
+    def _find_way(
+        self, inputs: Inputs, target: Any, some: Grid, expected: Tensor, start: RandomState
+    ) -> None:
+        """The first that agrees with plain runs at some points."""
         try:
             self._look(inputs)
         except Exception as error:  # a module that takes no hooks
-            raise FanOutError(str(error)) from error
-        if self.batch < 2 or len(ks) < 2:
-            return
-        self.target_dims = [self._batch_dim_of(leaf) for leaf in tensors_of(target)]
-        self.bytes_of_target = sum(leaf.nbytes for leaf in tensors_of(target))
-        self.samples_looked_at = self.batch
-        try:
-            self._try(inputs, target, ks, expected)
-        except FanOutError:
-            if self.linear is None:
-                raise
-            self.linear = None  # something else reads the layer too: fan out in front of it
-            self._try(inputs, target, ks, expected)
-        self.checked = True
+            self.ways, self.trusted, self.slow_because = [self._one_by_one], True, error
+        while not self.trusted:
+            self.numbers.go_back_to(start)
+            try:
+                self._check(self.ways[0](inputs, target, some), expected)
+                self.trusted = True
+            except Exception as error:
+                self._distrust(error)
 
-    @property
-    def _bytes_of_sample(self) -> float:
-        """What one k takes in a chunk. A Linear that is known to read the layer fans out itself."""
-        activations = self.bytes_behind + (0 if self.linear else self.bytes_of_layer)
-        return (2 * activations + self.bytes_of_target) / self.samples_looked_at
+    def _distrust(self, error: Exception) -> None:
+        self.trusted = self.ways[1:] == [self._one_by_one]
+        if self.ways.pop(0) == self._vmapped:
+            self.slow_because = error
 
-    def losses(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
-        """Per-sample losses in float64, `(len(ks), batch)`, on the CPU."""
-        at_once = min(self.memory, _ENOUGH) / max(1.0, self._bytes_of_sample * self.batch)
-        return self._in_chunks(inputs, target, ks, max(2, int(at_once)))
+    # --- the ways --------------------------------------------------------------------------------
 
-    def _in_chunks(self, inputs: Inputs, target: Any, ks: list[int], size: int) -> Tensor:
+    def _one_by_one(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
+        start = self.numbers.now()
         losses = []
-        run_once = _RunOnce(self.model, self.layer)
-        with run_once.in_force():
-            for start in range(0, len(ks), size):
-                run_once.start_again()
-                losses.append(self._losses_at_once(inputs, target, ks[start : start + size]))
+        for ks in grid:
+            self.numbers.go_back_to(start)
+            with ExitStack() as stack:
+                for layer, k in ks.items():
+                    stack.enter_context(self.cuts[layer].at(layer, k))
+                losses.append(self.loss(call(self.model, inputs), target))
+        return torch.stack(losses).double().cpu()
+
+    def _one_by_one_from_the_layer(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
+        losses = []
+        with self._once() as once:
+            for ks in grid:
+                once.start_again()
+                losses.append(self._one_by_one(inputs, target, [ks]))
         return torch.cat(losses)
 
-    def _losses_at_once(self, inputs: Inputs, target: Any, ks: list[int]) -> Tensor:
-        with self._fanned_out(ks):
-            output = call(self.model, inputs)
-        dims = iter(self.target_dims)
-        values = self.loss(
-            output,
-            tree_map_only(Tensor, lambda leaf: torch.cat([leaf] * len(ks), next(dims)), target),
-        )
-        if len(values) != len(ks) * self.batch:
-            raise FanOutError(
-                f"the loss gave {len(values)} values for {len(ks)} ks of {self.batch} samples"
-            )
-        return values.view(len(ks), self.batch).double().cpu()
+    def _with_running_sums(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
+        if not self.readers:
+            raise NotTrustedError("no Linear alone reads the layer")
+        return self._vmapped(inputs, target, grid, self.readers)
+
+    def _vmapped(
+        self,
+        inputs: Inputs,
+        target: Any,
+        grid: Grid,
+        readers: Mapping[nn.Linear, TailDropout] | None = None,
+    ) -> Tensor:
+        readers = readers or {}
+        bytes_of_point = self._bytes_of_point(inputs, set(readers.values()))
+        enough = max(2, _ENOUGH // bytes_of_point) if self.trusted else 2  # chunks, to be checked
+        size = max(1, min(enough, self.memory // bytes_of_point))
+        ks_of_layers = [torch.tensor([ks[layer] for ks in grid]) for layer in self.cuts]
+
+        def run(*ks: Tensor) -> Tensor:
+            once.start_again()
+            with self._cut(dict(zip(self.cuts, ks, strict=True)), readers):
+                return self.loss(call(self.model, inputs), target)
+
+        with (
+            without_leftovers(self.model),
+            with_forwards(folding_forwards(self.model)),
+            self._once() as once,
+        ):
+            at_once = torch.vmap(run, randomness="same")
+            chunks = zip(*(ks.split(size) for ks in ks_of_layers), strict=True)
+            return torch.cat([at_once(*chunk).double().cpu() for chunk in chunks])
 
     @contextmanager
-    def _fanned_out(self, ks: list[int]) -> Iterator[None]:
-        passed: list[Tensor] = []
+    def _cut(
+        self, ks: Mapping[TailDropout, Tensor], readers: Mapping[nn.Linear, TailDropout]
+    ) -> Iterator[None]:
+        """Each layer cut to its k, or the Linear that reads it."""
+        passed: dict[nn.Module, Tensor] = {}
 
-        def pass_on(module: TailDropout, args: Any, output: Tensor) -> Tensor:
-            self.batch = output.shape[self.batch_dim]
-            passed[:] = [output.view_as(output)]  # recognised by the Linear that reads it
-            return passed[0]
+        def cut(layer: TailDropout, args: Any, output: Tensor) -> Tensor:
+            return self.cuts[layer].keep(output, ks[layer])
 
-        def fan_out(module: TailDropout, args: Any, output: Tensor) -> Tensor:
-            self.batch = output.shape[self.batch_dim]
-            dim, features = (range(output.ndim)[d] for d in (self.batch_dim, module.dropout_dim))
-            copies = output.unsqueeze(dim)  # (..., 1, batch, ...)
-            copies = copies.expand(*copies.shape[:dim], len(ks), *copies.shape[dim + 1 :])
-            k = torch.tensor(ks, device=output.device)
-            k = k.view([len(ks) if d == dim else 1 for d in range(copies.ndim)])
-            return keep_prefix(copies, k, features + (features >= dim)).flatten(dim, dim + 1)
+        def pass_on(layer: TailDropout, args: Any, output: Tensor) -> Tensor:
+            passed[layer] = output.view_as(output)  # recognised by the Linear that reads it
+            return passed[layer]
 
-        def fan_out_prefixes(module: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
-            if not args or args[0] is not passed[0]:
-                return None
-            outputs = prefix_linear(args[0], module.weight, module.bias, ks)  # (K, ..., out)
-            dim = range(output.ndim)[self.batch_dim]
-            return outputs.movedim(0, dim).flatten(dim, dim + 1)
+        def reading(linear: nn.Linear, layer: TailDropout) -> Callable[[Tensor], Tensor]:
+            forward = linear.forward
 
-        if self.linear is None:
-            hooks: dict[nn.Module, Callable[..., Any]] = {self.layer: fan_out}
-        else:
-            hooks = {self.layer: pass_on, self.linear: fan_out_prefixes}
-        with hooked(hooks):
+            def read(input: Tensor) -> Tensor:
+                if input is not passed.get(layer):
+                    return forward(input)
+                return self.cuts[layer].read(input, ks[layer], linear.weight, linear.bias)
+
+            return read
+
+        hooks: dict[nn.Module, Callable[..., Any]] = {
+            **dict.fromkeys(self.cuts, cut),
+            **dict.fromkeys(readers.values(), pass_on),
+        }
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            linear: reading(linear, layer) for linear, layer in readers.items()
+        }
+        with hooked(hooks), with_forwards(forwards):
             yield
 
+    @contextmanager
+    def _once(self) -> Iterator[RunOnce]:
+        once = RunOnce(self.cuts, self.before, self.changed, self.numbers)
+        with once.in_force():
+            yield once
+
+    # --- what is known of the network --------------------------------------------------------------
+
     def _look(self, inputs: Inputs) -> None:
-        """Which Linear reads the layer, and how large what comes behind the layer is."""
-        readers: list[nn.Module] = []
-        passed: list[Tensor] = []
+        """Which Linear reads a layer alone, how large what comes behind is, what is changed."""
+        passed: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self.cuts}
+        readers: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in self.cuts}
+        returned: list[tuple[nn.Module, Tensor, int]] = []
         self.bytes_behind = 0
 
-        def mark(module: TailDropout, args: Any, output: Tensor) -> Tensor:
-            self.batch, self.dtype = output.shape[self.batch_dim], output.dtype
-            passed.append(output.view_as(output))
-            return passed[-1]
+        def mark(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            self.dtype = output.dtype
+            passed[layer].append(output.view_as(output))
+            return passed[layer][-1]
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if passed:
-                if args and args[0] is passed[-1]:
-                    readers.append(module)
-                self.bytes_behind += sum(tensor.nbytes for tensor in tensors_of(output))
+            behind = any(passed.values())
+            is_leaf = not list(module.children())
+            for tensor in tensors_of(output):
+                if not behind:
+                    returned.append((module, tensor, _version(tensor)))
+                elif is_leaf:
+                    self.bytes_behind += tensor.nbytes
+            for layer, features in passed.items():
+                if is_leaf and args and any(args[0] is tensor for tensor in features):
+                    readers[layer].append(module)
 
-        leaves = [
-            module
-            for module in self.model.modules()
-            if module is not self.layer and not list(module.children())
-        ]
-        with hooked({self.layer: mark, **dict.fromkeys(leaves, look)}):
+        hooks: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self.before, look)
+        with hooked({**hooks, **dict.fromkeys(self.cuts, mark)}):
             call(self.model, inputs)
-        last = self.layer.dropout_dim in (-1, passed[-1].ndim - 1)
-        if len(readers) == 1 and type(readers[0]) is nn.Linear and len(passed) == 1 and last:
-            self.linear = readers[0]
-        self.bytes_of_layer = passed[-1].nbytes
+        self.bytes_of_inputs = sum(tensor.nbytes for tensor in tensors_of(inputs))
+        self.bytes_of_features = {layer: sum(x.nbytes for x in passed[layer]) for layer in passed}
+        self.changed = {m for m, tensor, version in returned if _version(tensor) != version}
+        self.readers: dict[nn.Linear, TailDropout] = {}
+        for layer in self.cuts:
+            features = passed[layer]
+            last = len(features) == 1 and layer.dropout_dim in (-1, features[0].ndim - 1)
+            match readers[layer]:
+                case [nn.Linear() as linear] if last and type(linear) is nn.Linear:
+                    self.readers[linear] = layer
 
-    def _batch_dim_of(self, target: Tensor) -> int:
-        """Where a target has its samples: as the layer has them, else first."""
-        shape = target.shape
-        if shape[self.batch_dim : self.batch_dim + 1] == (self.batch,):
-            return self.batch_dim
-        if shape[:1] == (self.batch,):
-            return 0
-        raise FanOutError(f"a target of shape {tuple(shape)} has no dim for {self.batch} samples")
+    def _bytes_of_point(self, inputs: Inputs, read_by_linear: set[TailDropout]) -> int:
+        """What one point takes in a chunk."""
+        features = sum(
+            size for layer, size in self.bytes_of_features.items() if layer not in read_by_linear
+        )
+        bytes_of_inputs = sum(tensor.nbytes for tensor in tensors_of(inputs))
+        larger = bytes_of_inputs / self.bytes_of_inputs if self.bytes_of_inputs else 1
+        return max(1, int(2 * (self.bytes_behind + features) * larger))
 
-    def _try(self, inputs: Inputs, target: Any, ks: list[int], expected: Tensor) -> None:
-        if 2 * self._bytes_of_sample * self.batch > self.memory:
-            raise FanOutError(f"{self.memory} bytes of memory are too few for two ks at once")
-        try:
-            actual = self._in_chunks(inputs, target, ks, size=2)
-        except Exception as error:  # whatever it is, the plain runs go through
-            raise FanOutError(str(error)) from error
+    def _check(self, actual: Tensor, expected: Tensor) -> None:
         precise = self.dtype in (torch.float32, torch.float64)
         rtol = 1e-4 if precise else 0.05
         atol = 0.1 * rtol * float(expected.nan_to_num(posinf=0, neginf=0).abs().mean())
+        if actual.shape != expected.shape:
+            raise NotTrustedError(
+                f"losses of shape {tuple(actual.shape)} where {tuple(expected.shape)} is right"
+            )
         if not torch.allclose(actual, expected, rtol, atol, equal_nan=True):
             difference = float((actual - expected).abs().max())
-            raise FanOutError(
-                f"the losses differ by up to {difference:.3g} from those of runs with set_k"
+            raise NotTrustedError(
+                f"the losses differ by up to {difference:.3g} from those of runs for one k"
             )
 
+    def _warn(self, error: Exception) -> None:
+        reason = str(error) if isinstance(error, NotTrustedError) else first_line(error)
+        warnings.warn(
+            f"scree of {self.name} runs each k by itself, which is right but slow: {reason}. "
+            "It is fast where torch.vmap can run what comes behind the layer: no `if` on values, "
+            "no .item(), nothing in place on a tensor from in front of the layer.",
+            stacklevel=4,
+        )
 
-class _RunOnce:
-    """In force, modules that return before the layer is reached run in the first pass only.
 
-    Later passes, each begun by `start_again`, get what they returned then.
-    """
-
-    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
-        self.layer = layer
-        self.modules = [m for m in model.modules() if layer not in m.modules()]
-        self.returned: dict[nn.Module, list[Any]] = {module: [] for module in self.modules}
-        self.calls: dict[nn.Module, int] = {}
-        self.depth = 0  # of calls of these modules, in one another
-        self.reached = False  # the layer, in any pass
-
-    def start_again(self) -> None:
-        self.calls = dict.fromkeys(self.modules, 0)
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        def reach(module: nn.Module, args: Any) -> None:
-            self.reached = True
-
-        forwards = {module: vars(module).get("forward") for module in self.modules}
-        with hooked({self.layer: reach}, before=True):
-            for module in self.modules:
-                module.forward = self._once(module, module.forward)
-            try:
-                yield
-            finally:
-                for module, own in forwards.items():
-                    if own is None:
-                        del module.forward
-                    else:
-                        module.forward = own
-
-    def _once(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call_once(*args: Any, **kwargs: Any) -> Any:
-            returned, i = self.returned[module], self.calls[module]
-            if self.depth == 0:
-                self.calls[module] += 1
-                if i < len(returned):
-                    return returned[i]
-            self.depth += 1
-            try:
-                output = forward(*args, **kwargs)
-            finally:
-                self.depth -= 1
-            if self.depth == 0 and not self.reached:
-                returned.append(output)
-            return output
-
-        return call_once
+def _version(tensor: Tensor) -> int:
+    """It rises with each change in place; -1 where that is not counted."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -25,6 +25,8 @@ class Curve(Protocol):
     @property
     def layer(self) -> str: ...
     @property
+    def features(self) -> str: ...
+    @property
     def ks(self) -> list[int]: ...
     @property
     def loss(self) -> Tensor: ...
@@ -212,7 +214,7 @@ def _smallest(scree: Curve, bounds: _Bounds) -> Choice:
         if not bound <= 0:
             break
         smallest = k
-    return Choice(smallest, scree.layer)
+    return Choice(smallest, scree.layer, scree.features)
 
 
 def one_standard_error(scree: Curve) -> Choice:
@@ -236,7 +238,7 @@ def one_standard_error(scree: Curve) -> Choice:
         raise ValueError("a standard error needs at least two samples, got one")
     best = int(scree.loss.argmin())
     limit = scree.loss[best] + scree.stderr[best]
-    return Choice(scree.ks[int((scree.loss <= limit).nonzero()[0])], scree.layer)
+    return Choice(scree.ks[int((scree.loss <= limit).nonzero()[0])], scree.layer, scree.features)
 
 
 def knee(scree: Curve) -> Choice | None:
@@ -273,7 +275,7 @@ def knee(scree: Curve) -> Choice | None:
         if here <= before and here <= after:
             candidate = None
         if candidate is not None and after < threshold:
-            return Choice(scree.ks[candidate], scree.layer)
+            return Choice(scree.ks[candidate], scree.layer, scree.features)
     return None
 
 

@@ -26,6 +26,7 @@ class Scree:
         loss: mean loss for each of them; float64, shape `(len(ks),)`.
         count: number of samples.
         cov: covariance of the per-sample losses of two ks; float64, `(len(ks), len(ks))`.
+        features: which k features were kept, "first", "random" or "principal": see `scree`.
     """
 
     layer: str
@@ -33,6 +34,7 @@ class Scree:
     loss: Tensor
     count: int
     cov: Tensor = field(repr=False)
+    features: str = "first"
 
     @property
     def stderr(self) -> Tensor:
@@ -42,7 +44,8 @@ class Scree:
     def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> Choice:
         """The smallest k that surely loses at most a tolerance against the largest measured k.
 
-        It is an int that carries the name of the layer. See `taildropout.measuring.choose.choose`.
+        It is an int that carries the name of the layer; of random features or principal components
+        it is no k to prune to, which is refused. See `taildropout.measuring.choose.choose`.
         """
         return choose.choose(self, tolerance, confidence)
 
@@ -75,6 +78,7 @@ class Scree:
             "loss": self.loss.tolist(),
             "count": self.count,
             "cov": self.cov.tolist(),
+            "features": self.features,
         }
 
     @classmethod
@@ -92,6 +96,7 @@ class Scree:
             torch.tensor(data["loss"], dtype=torch.float64),
             data["count"],
             torch.tensor(data["cov"], dtype=torch.float64),
+            data.get("features", "first"),
         )
 
     def to_pandas(self) -> "pd.DataFrame":

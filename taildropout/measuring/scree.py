@@ -1,23 +1,23 @@
 """Measuring loss(k): how much each further feature is worth, on held-out data."""
 
-import logging
 from collections.abc import Iterable, Sized
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..functional.checks import check_k_at_most
-from ..models.inputs import Inputs, call, pair_of, to_device
+from ..models.inputs import Inputs, pair_of, to_device
 from ..models.sharded import check_whole_layers
 from ..models.width import Width, as_it_was, check_ks, features_of, find_layer, k_at
-from .at_once import FanOut, FanOutError
+from .at_once import Losses
 from .curve import Scree
+from .cuts import Features, First, Principal, Random, check_features
 from .moments import Moments, of_all_processes
 from .per_sample import Loss, per_sample
-
-log = logging.getLogger(__name__)
+from .vmapped import quiet
 
 
 def scree(
@@ -27,6 +27,7 @@ def scree(
     *,
     layer: str | None = None,
     ks: Iterable[Width] | None = None,
+    features: Features = "first",
     device: torch.device | str | None = None,
     progress: bool = True,
     memory: int = 2**30,
@@ -36,11 +37,11 @@ def scree(
     The model is run in eval mode without gradients, and comes back in the state that it was in:
     modes, ks, and the state of torch's random generator, also after an exception or Ctrl-C.
 
-    The part of the model before the layer runs once for many ks: the layer fans its input out to
-    a chunk of the ks along the batch dim, and the rest of the model sees one larger batch. Where
-    a single `nn.Linear` reads the layer, its outputs for all ks are one running sum. On the first
-    batch this is checked against plain runs with `set_k`; where it does not agree (a skip
-    connection around the layer, say), all ks are run one by one, and the log says why.
+    What does not depend on k runs once for each batch: the part of the model before the layer,
+    and what passes the layer by. The rest runs under `torch.vmap`, for a chunk of the ks at once.
+    Where a single `nn.Linear` reads the layer, its outputs for all ks are one running sum. On the
+    first batch this is checked against plain runs with `set_k`; where it does not agree or can't
+    run, the ks run one by one from the layer on, and a warning says why.
 
     Under `torch.distributed` each process passes its own share of the data, all must take part,
     and all get the same result. Of a DistributedDataParallel pass `model.module`: the wrapper
@@ -58,14 +59,31 @@ def scree(
         ks: the ks to measure, ints or fractions of n in (0, 1]. None: all of 0, ..., n up to
             n = 256, else 0, n and up to 128 sizes spaced geometrically. The largest is what
             `choose` compares with, so include n.
+        features: which of the n features the k are, for comparison:
+
+            - "first": those that the layer keeps.
+            - "random": k in a random order, the same at each k and in each call: what any k are
+              worth.
+            - "principal": the mean of the features, and what their first k principal components
+              have of the rest: the k directions in which they vary most. The data are gone
+              through twice, first for the components, so pass no generator.
+
+            At k = n all three are the whole network. The last two need no training with the
+            layer: insert it into any trained network. They are no ks to prune to.
         device: where the batches are moved to. None: the device of the model's parameters.
         progress: show a progress bar.
         memory: bytes that the activations of a chunk of ks may take, about.
 
+    Source: of the projection on principal components, m + V_k V_k' (x - m), Pearson, On lines and
+    planes of closest fit to systems of points in space (1901); of the first features as its
+    nonlinear counterpart, Rippel, Gelbart and Adams, Learning ordered representations with nested
+    dropout (2014).
+
     Raises:
         ValueError: no TailDropout layer, several and none named, a layer that the model does not
             call, no data, a k outside 0, ..., n, a fraction outside (0, 1], a loss with class
-            weights or ignored targets, a model whose layers are sharded over processes.
+            weights or ignored targets, a generator where the data are gone through twice, a model
+            whose layers are sharded over processes.
         TypeError: the loss does not give one value per sample; the message says how to mend it.
 
     Example:
@@ -81,53 +99,39 @@ def scree(
     check_whole_layers(model, "scree")
     per_sample_loss = per_sample(loss)
     widths = None if ks is None else check_ks(ks, name, swept.multiple_of)
+    check_features(features, data)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
+    total = len(data) if isinstance(data, Sized) else None
     chosen: list[int] | None = None
     moments: Moments | None = None
-    fan_out: FanOut | None = FanOut(model, swept, per_sample_loss, memory)
-    total = len(data) if isinstance(data, Sized) else None
-    with as_it_was(model), swept.using_k(None), torch.no_grad():
-
-        def one_by_one(inputs: Inputs, target: Any, ks: list[int]) -> Tensor:  # (len(ks), batch)
-            losses = []
-            for k in ks:
-                with swept.using_k(k):
-                    losses.append(per_sample_loss(call(model, inputs), target))
-            return torch.stack(losses).double().cpu()
-
-        for batch in tqdm(data, desc="scree", total=total, disable=not progress):
-            inputs, target = to_device(pair_of(batch), device)
-            if moments is None or chosen is None:
-                n = features_of(model, swept, name, inputs)
-                m = swept.multiple_of
-                chosen = (
-                    [m * k for k in _default_ks(n // m)]
-                    if widths is None
-                    else sorted({k_at(w, n, m) for w in widths})
-                )
-                check_k_at_most(chosen[-1], n)
-                moments = Moments(len(chosen))
-            if fan_out is not None and not fan_out.checked:
-                some = sorted({chosen[i * (len(chosen) - 1) // 3] for i in range(4)})
-                expected = one_by_one(inputs, target, some)
-                try:
-                    fan_out.check(inputs, target, some, expected)
-                except FanOutError as error:
-                    fan_out = None
-                    log.info("scree of layer %r runs each k by itself: %s", name, error)
-            losses: Tensor | None = None
-            if fan_out is not None and fan_out.checked:
-                try:
-                    losses = fan_out.losses(inputs, target, chosen)
-                except Exception as error:  # this batch took another way through the network
-                    fan_out = None
-                    log.info("scree of layer %r runs each k by itself from here: %s", name, error)
-            moments.add(one_by_one(inputs, target, chosen) if losses is None else losses)
+    with as_it_was(model), swept.using_width(None), quiet(), torch.no_grad():
+        components = None
+        if features == "principal":
+            components = Principal.of(model, swept, data, device)
+        bar = tqdm(data, desc="scree", total=total, disable=not progress)
+        batches = (to_device(pair_of(batch), device) for batch in bar)
+        first = next(batches, None)
+        if first is not None:
+            n = features_of(model, swept, name, first[0])
+            m = swept.multiple_of
+            chosen = (
+                [m * k for k in _default_ks(n // m)]
+                if widths is None
+                else sorted({k_at(w, n, m) for w in widths})
+            )
+            check_k_at_most(chosen[-1], n)
+            dim = swept.dropout_dim
+            cut = components or (Random(dim, n) if features == "random" else First(dim))
+            losses = Losses(model, per_sample_loss, f"layer {name!r}", {swept: cut}, memory)
+            grid = [{swept: k} for k in chosen]
+            moments = Moments(len(grid))
+            for inputs, target in chain([first], batches):
+                moments.add(losses.of(inputs, target, grid))
     chosen, moments = of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
-    return Scree(name, chosen, moments.mean, moments.count, moments.covariance())
+    return Scree(name, chosen, moments.mean, moments.count, moments.covariance(), features)
 
 
 def _default_ks(n: int) -> list[int]:

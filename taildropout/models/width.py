@@ -30,6 +30,7 @@ class Choice(int):
 
     Attributes:
         layer: qualified name, or "" if it is not known.
+        features: which features the k are, as in `scree`. Other than the first can't be pruned to.
 
     Example:
         >>> k = Choice(3, "encoder.1")
@@ -38,14 +39,15 @@ class Choice(int):
     """
 
     layer: str
+    features: str
 
-    def __new__(cls, k: int, layer: str = "") -> "Choice":
+    def __new__(cls, k: int, layer: str = "", features: str = "first") -> "Choice":
         choice = super().__new__(cls, k)
-        choice.layer = layer
+        choice.layer, choice.features = layer, features
         return choice
 
-    def __reduce__(self) -> tuple[type["Choice"], tuple[int, str]]:  # of copies and pickles
-        return type(self), (int(self), self.layer)
+    def __reduce__(self) -> tuple[type["Choice"], tuple[int, str, str]]:  # of copies and pickles
+        return type(self), (int(self), self.layer, self.features)
 
 
 # --- what was said, for each layer --------------------------------------------------------------
@@ -117,6 +119,11 @@ def check_width(width: Any, name: str, multiple_of: int) -> Width:
                 "a number of features must be an int"
             )
         return float(width)
+    if isinstance(width, Choice) and width.features != "first":
+        raise ValueError(
+            f"a layer keeps its first features, got k={width} {width.features} ones for layer "
+            f'{name!r}: choose from a scree with features="first"'
+        )
     k = check_k(width)
     if isinstance(k, Tensor):
         raise TypeError(f"k must be one int for all samples, got {k} for layer {name!r}")
@@ -264,7 +271,9 @@ def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs)
 
 def check_ks(ks: Iterable[Width], name: str, multiple_of: int) -> list[Width]:
     """Of one layer, to be measured."""
-    plain = (k.item() if isinstance(k, Tensor) else k for k in ks)
+    plain = [
+        k.item() if isinstance(k, Tensor) else int(k) if isinstance(k, Choice) else k for k in ks
+    ]
     checked = [check_width(k, name, multiple_of) for k in plain]
     if not checked:
         raise ValueError("ks must be at least one k, got none")

@@ -33,7 +33,7 @@ class Sweep:
         """One line for each k; with a scree also its loss and standard error.
 
         Raises:
-            ValueError: the scree has not measured one of the ks.
+            ValueError: the scree has not measured one of the ks, or other features than the first.
         """
         head = ["k", "parameters", "FLOPs", "ms"]
         rows = [
@@ -52,6 +52,11 @@ class Sweep:
 
     def losses(self, scree: Scree) -> list[tuple[float, float]]:
         """Loss and standard error at each k of the sweep."""
+        if scree.features != "first":
+            raise ValueError(
+                "networks are cut to their first features: the scree must be one with "
+                f'features="first", got {scree.features!r}'
+            )
         missing = [p.k for p in self.points if p.k not in scree.ks]
         if missing:
             raise ValueError(

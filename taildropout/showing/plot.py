@@ -22,6 +22,13 @@ DROPPED = "0.9"
 CHOSEN = "tab:red"
 REFERENCE = "0.6"
 
+# Of `Scree.features`: what k counts, and the name of the curve.
+_KEPT = {
+    "first": ("features", None),
+    "random": ("features", "random features"),
+    "principal": ("principal components", "principal components"),
+}
+
 
 def plot_scree(
     scree: "Scree",
@@ -37,7 +44,7 @@ def plot_scree(
         scree: the measurement. Several can be drawn into one `ax`, each with its `label`.
         chosen: a k to mark.
         tolerance: draws the line of the full width's loss plus this fraction of it.
-        label: name of the curve in the legend.
+        label: name of the curve in the legend. None: which features, if not the first.
         ax: where to draw; None: into a new figure, which pyplot does not manage.
 
     Raises:
@@ -53,7 +60,8 @@ def plot_scree(
         raise ValueError(f"chosen must be one of the measured ks, got {chosen}, not in {scree.ks}")
     fig, ax = _figure(ax)
     loss, stderr = scree.loss, scree.stderr.nan_to_num(nan=0.0)
-    (line,) = ax.plot(scree.ks, loss.tolist(), marker=".", label=label)
+    kept, name = _KEPT[scree.features]
+    (line,) = ax.plot(scree.ks, loss.tolist(), marker=".", label=name if label is None else label)
     ax.fill_between(
         scree.ks,
         (loss - stderr).tolist(),
@@ -82,7 +90,8 @@ def plot_scree(
             linestyle="none",
             label=f"chosen: k = {chosen}",
         )
-    ax.set_xlabel("k, features kept")
+    if not ax.get_xlabel():  # else the axis is that of a curve beside this one
+        ax.set_xlabel(f"k, {kept} kept")
     _count_across(ax)
     ax.set_ylabel("held-out loss")
     _finish(ax)

@@ -69,7 +69,8 @@ def report(
         title: the heading.
 
     Raises:
-        ValueError: inputs without a model or the reverse, a model without the measured layer,
+        ValueError: a scree of other features than the first, inputs without a model or the
+            reverse, a model without the measured layer,
             labels that don't fit the inputs, images that don't have the shape, a page of more
             than 8 MB, a model whose layers are sharded over processes.
         ImportError: plotly or pillow is missing.
@@ -93,6 +94,11 @@ def report(
         raise ImportError(
             "report needs plotly and pillow: pip install 'taildropout[report]'"
         ) from error
+    if scree.features != "first":
+        raise ValueError(
+            'the page tells of the first k features: scree must be one with features="first", got '
+            f"{scree.features!r}"
+        )
     if (model is None) != (inputs is None):
         raise ValueError("model and inputs belong together: give both, or neither")
     if model is None and not (labels is None and image_shape is None):

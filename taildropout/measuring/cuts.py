@@ -1,0 +1,149 @@
+"""Which features k are, and what a layer passes of them."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import keep_prefix
+from ..layers import TailDropout
+from ..models.hooks import hooked
+from ..models.inputs import Inputs, call, pair_of, to_device
+from .moments import Moments, of_all_processes
+from .vmapped import linear_of_prefix
+
+Features = Literal["first", "random", "principal"]
+
+
+def check_features(features: str, data: Iterable[Any]) -> None:
+    if features not in get_args(Features):
+        raise ValueError(f"features must be one of {get_args(Features)}, got {features!r}")
+    if features == "principal" and iter(data) is data:
+        raise ValueError(
+            'features="principal" goes through the data twice, first for the components: pass a '
+            f"list or DataLoader, got a {type(data).__name__} that can be gone through once"
+        )
+
+
+class Cut(Protocol):
+    """k of n features."""
+
+    def at(self, layer: TailDropout, k: int) -> AbstractContextManager[object]:
+        """Inside, the layer keeps them, in plain runs."""
+        ...
+
+    def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
+        """What is left of the features, in their shape; k has no dims."""
+        ...
+
+    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`linear(keep(features, k), weight, bias)`; under vmap over k a running sum."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class First:
+    """The first k, as the layer keeps them."""
+
+    dim: int
+
+    def at(self, layer: TailDropout, k: int) -> AbstractContextManager[object]:
+        return layer.using_k(k)
+
+    def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
+        return keep_prefix(features, k, self.dim)
+
+    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_of_prefix(features, k, weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Random:
+    """The first k in an order that has nothing to do with them, the same at each k."""
+
+    dim: int
+    n: int
+
+    def order(self, size: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        padding = torch.arange(self.n, size)  # of a layer that was fitted: zeros, which stay behind
+        return torch.cat([torch.randperm(self.n, generator=generator), padding])
+
+    def at(self, layer: TailDropout, k: int) -> AbstractContextManager[object]:
+        return hooked({layer: lambda module, args, output: self.keep(output, k)})
+
+    def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
+        place = self.order(features.shape[self.dim]).argsort().to(features.device)
+        k = k.to(features.device) if isinstance(k, Tensor) else k
+        behind = range(features.ndim)[self.dim] + 1
+        kept = (place < k).view(-1, *[1] * (features.ndim - behind))
+        return torch.where(kept, features, features.new_zeros(()))
+
+    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        order = self.order(features.shape[-1]).to(features.device)
+        return linear_of_prefix(features[..., order], k, weight[:, order], bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Principal:
+    """The mean, and what the first k principal components have of the rest.
+
+    With the mean m and the eigenvectors V of the features' covariance, by falling eigenvalue, it
+    is m + V_k V_k' (x - m): of all affine maps of rank k the one that is closest to the features
+    in squared error.
+
+    Source: Pearson, On lines and planes of closest fit to systems of points in space (1901).
+    """
+
+    dim: int
+    mean: Tensor  # (n,)
+    axes: Tensor  # (n, n): a component in each column
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layer: TailDropout,
+        data: Iterable[tuple[Inputs, Any]],
+        device: torch.device | str | None,
+    ) -> "Principal":
+        """Of what the layer passes, over the data of all processes: each place is a sample."""
+        moments: Moments | None = None
+
+        def add(module: TailDropout, args: Any, output: Tensor) -> None:
+            nonlocal moments
+            features = output.movedim(module.dropout_dim, 0).flatten(1).double().cpu()
+            moments = moments or Moments(len(features))
+            moments.add(features)
+
+        with hooked({layer: add}):
+            for batch in data:
+                call(model, to_device(pair_of(batch)[0], device))
+        _, moments = of_all_processes(None, moments)
+        if moments is None:
+            raise ValueError("data must yield at least one sample, got none")
+        axes = torch.linalg.eigh(moments.squares).eigenvectors.flip(1)
+        return cls(layer.dropout_dim, moments.mean, axes)
+
+    def at(self, layer: TailDropout, k: int) -> AbstractContextManager[object]:
+        return hooked({layer: lambda module, args, output: self.keep(output, k)})
+
+    def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
+        mean, axes = self._like(features)
+        codes = (features.movedim(self.dim, -1).to(mean.dtype) - mean) @ axes
+        kept = linear_of_prefix(codes, torch.as_tensor(k), axes, mean)
+        return kept.movedim(-1, self.dim).to(features.dtype)
+
+    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mean, axes = self._like(features)
+        codes = (features.to(mean.dtype) - mean) @ axes
+        weight = weight.to(mean.dtype)
+        start = weight @ mean if bias is None else weight @ mean + bias
+        return linear_of_prefix(codes, k, weight @ axes, start).to(features.dtype)
+
+    def _like(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return self.mean.to(features.device, dtype), self.axes.to(features.device, dtype)
