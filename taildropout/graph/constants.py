@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from .dataflow import Operation, count_of
+from .dataflow import Operation, count_of, layer_dim
 from .exports import is_tensor, shape
 from .relations import Place
 
@@ -84,7 +84,7 @@ def from_related(operation: Operation, dim: int, facts: Facts) -> Known | None:
     taken = torch.zeros(0, dtype=torch.bool)
     for comes, passed in found.values():
         if known is None:
-            known, taken = Known(passed.mask & comes, passed.value), comes
+            known, taken = passed, comes
             continue
         agrees = passed.mask & (passed.value == known.value) & known.mask
         mask = torch.where(comes & taken, agrees, torch.where(comes, passed.mask, known.mask))
@@ -198,9 +198,9 @@ def _all(value: float, n: int) -> Known:
 def _aligned(source: fx.Node, operation: Operation, dim: int, n: int, facts: Facts) -> Known:
     """A source's features where they meet those of the output."""
     own = dim - (len(shape(operation.output)) - len(shape(source)))
-    if own >= 0 and shape(source)[own] == n != 1:
+    if own >= 0 and shape(source)[own] == n:
         return facts.at((source, own))
-    value = facts.uniform(source) if own < 0 or shape(source)[own] == 1 else None
+    value = facts.uniform(source)
     return Known.nothing(n) if value is None else _all(value, n)
 
 
@@ -222,6 +222,15 @@ def _evaluated(operation: Operation, dim: int, n: int, seen: dict[fx.Node, Known
 def _as_type(value: Tensor, source: fx.Node) -> Tensor:
     dtype = source.meta["val"].dtype
     return value if dtype.is_floating_point else value.to(dtype)
+
+
+def of_layer(operation: Operation, dim: int, facts: Facts) -> Known | None:
+    """Along other dims than its own zeros only are what they were, if it puts zeros between."""
+    own = layer_dim(operation)
+    kept = [there >= 0 for _, _, there in facts.passes(operation, own)]
+    puts_zeros = not kept or not all(some.all() for some in kept)
+    along_others = dim != own and puts_zeros
+    return (zeros_from_related if along_others else from_related)(operation, dim, facts)
 
 
 def of_channels(operation: Operation, dim: int, facts: Facts) -> Known | None:

@@ -414,7 +414,7 @@ def name_of_bias(flow: Dataflow, read: Read) -> str | None:
         names = flow.names.get(read.bias, [])
         return names[0] if len(names) == 1 else None
     names = flow.names.get(read.weight[0], []) if read.weight else []
-    owner, _, attribute = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
+    owner, _, attribute = names[0].rpartition(".") if names else ("", "", "")
     if attribute != "weight" or module_of(read.operation) != owner:
         return None
     module = flow.model.get_submodule(owner)

@@ -286,7 +286,7 @@ def _is_proportional(user: Operation, value: fx.Node, divides: bool) -> bool:
         is_divisor = user.target in _QUOTIENTS and user.args[0] is not value
         return is_divisor or user.target is aten.reciprocal.default
     if user.target in _QUOTIENTS:
-        return user.args[0] is value and user.args[1] is not value
+        return user.args[1] is not value
     if user.target in _PRODUCTS:
         return _other_argument(user, value) is not value
     moves = _is_cast(user) or user.target in _MOVES | {aten.neg.default, LAYER}
@@ -357,15 +357,15 @@ def _uses(model: nn.Module, inputs: Inputs, holders: list[Holder]) -> dict[Holde
         marked = _numbers(model, inputs, list(zip(holders, marks, strict=True)))
     except Exception:  # a model that does not run with other numbers
         return {}
-    of_mark = dict(zip(marks, zip(holders, before, strict=True), strict=True))
+    of_mark = dict(zip(marks, holders, strict=True))
     uses: dict[Holder, int] = {}
     if len(plain) != len(marked):
         return {}
     for number, mark in zip(plain, marked, strict=True):
         if number == mark:
             continue
-        holder, value = of_mark.get(mark, (None, None))
-        if holder is None or number != value:
+        holder = of_mark.get(mark) if mark is not None else None
+        if holder is None:
             return {}
         uses[holder] = uses.get(holder, 0) + 1
     return uses

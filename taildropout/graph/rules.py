@@ -22,6 +22,7 @@ from .constants import (
     from_related,
     of_channels,
     of_halves,
+    of_layer,
     padded,
     zeros_from_any,
     zeros_from_any_factor,
@@ -200,11 +201,11 @@ def _grouped_product(operation: Operation) -> Iterator[Saying]:
 
 
 def _einsum(operation: Operation) -> Iterator[Saying]:
-    """Without ellipsis and diagonals, and with each sum over two factors at most."""
+    """Without diagonals or an ellipsis, and with each sum over two factors at most."""
     equation, factors = operation.args[:2]
     written, arrow, result = equation.replace(" ", "").partition("->")
     terms = written.split(",")
-    if "." in equation or any(len(set(term)) < len(term) for term in terms):
+    if any(len(set(term)) < len(term) for term in terms):  # also of the dots of an ellipsis
         return
     if not arrow:
         letters = written.replace(",", "")
@@ -375,20 +376,21 @@ def _nothing(operation: Operation) -> Iterator[Saying]:
 
 
 def _as_they_are(operation: Operation, sums: Tensor) -> Tensor | None:
-    return sums if sums.ndim == 1 else None
+    return sums
 
 
 def _over_the_kernel(operation: Operation, sums: Tensor) -> Tensor | None:
     """Of a convolution, (out, *kernel): the same everywhere only where no window meets a border."""
     padding = operation.arg(4, "padding", 0)
     unpadded = padding == "valid" or not any(padding if isinstance(padding, list) else [padding])
-    return sums.flatten(1).sum(1) if unpadded or sums.ndim == 1 else None
+    return sums.flatten(1).sum(1) if unpadded else None
 
 
 def _at_each_place_of_the_kernel(operation: Operation, sums: Tensor) -> Tensor | None:
     """Of a transposed convolution, (out, *kernel): each output comes from one place of the kernel.
 
     Only where the windows neither overlap nor leave gaps, and all places of the kernel are alike.
+    Padding takes away outputs at the border, and leaves the others as they are.
     """
     kernel = list(sums.shape[1:])
 
@@ -400,7 +402,6 @@ def _at_each_place_of_the_kernel(operation: Operation, sums: Tensor) -> Tensor |
     zeros, ones = [0] * len(kernel), [1] * len(kernel)
     apart = (
         given(3, "stride", 1) == kernel
-        and given(4, "padding", 0) == zeros
         and given(5, "output_padding", 0) == zeros
         and given(7, "dilation", 1) == ones
     )
@@ -415,7 +416,7 @@ def _at_each_place_of_the_kernel(operation: Operation, sums: Tensor) -> Tensor |
 def _of_grouped_convolution(operation: Operation, dim: int, facts: Any) -> Any:
     """Zeros make the bias; at padded borders too."""
     bias = operation.arg(2, "bias")
-    if operation.arg(6, "groups", 1) == 1 or dim != 1:
+    if dim != 1:
         return None
     known = zeros_from_any(0)(operation, dim, facts)
     if known is None or bias is None:
@@ -429,10 +430,9 @@ def _unpadded(padding_at: int) -> Transfer:
 
     def transfer(operation: Operation, dim: int, facts: Any) -> Any:
         padding = operation.arg(padding_at, "padding", 0)
-        ceil_mode = operation.arg(padding_at + 1, "ceil_mode", False)
         divisor = operation.arg(padding_at + 3, "divisor_override")
         plain = not any(padding if isinstance(padding, list | tuple) else [padding])
-        of_all = plain and not ceil_mode and divisor is None
+        of_all = plain and divisor is None
         return (from_related if of_all else zeros_from_related)(operation, dim, facts)
 
     return transfer
@@ -484,7 +484,7 @@ _GROUPED_PRODUCT = Rule(_grouped_product, alignment=16)
 _CELL = Rule(_cell(weights_at=2), fold=_as_they_are)
 
 RULES: dict[Any, Rule] = {
-    LAYER: Rule(_nothing, from_related, runs_on_nothing=True),  # its k says the rest: `Sayings`
+    LAYER: Rule(_nothing, of_layer, runs_on_nothing=True),  # its k says the rest: `Sayings`
     # Elementwise, with something more to say, or without torch's tag in one of its versions.
     aten.mul.Tensor: Rule(_elementwise, by_evaluation(0, 1), runs_on_nothing=True),
     aten.multiply.Tensor: Rule(_elementwise, by_evaluation(0, 1), runs_on_nothing=True),

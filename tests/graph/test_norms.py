@@ -337,6 +337,36 @@ def twice_one_more(m, x):
     return x * torch.rsqrt(mean_of_squares(x) + m.eps) * torch.add(m.weight, 1.0, alpha=2.0)
 
 
+def two_more(m, x):
+    return x * torch.rsqrt(mean_of_squares(x) + m.eps) * (m.weight + 1.0 + 0.5)
+
+
+def by_the_exponential(m, x):
+    return x * torch.rsqrt(mean_of_squares(x) + m.eps) * m.weight.exp()
+
+
+def two_eps(m, x):
+    return m.weight * x * torch.rsqrt(mean_of_squares(x) + 0.2 + m.eps)
+
+
+def by_the_mean(m, x):
+    return m.weight * x * torch.pow(mean_of_squares(x) + m.eps, -1.0)
+
+
+def one_more_twice(m, x):
+    more = 1.0 + m.weight
+    return x * torch.rsqrt(mean_of_squares(x) + m.eps) * more + more
+
+
+def over_itself(m, x):
+    root = torch.rsqrt(mean_of_squares(x) + m.eps)
+    return m.weight * (x * (root / root))
+
+
+def by_function_of_one_more(m, x):
+    return nn.functional.rms_norm(x, x.shape[-1:], 1.0 + m.weight, m.eps)
+
+
 AT_ONCE = "mean in module 'norms.0' needs all features at once, or is not supported"
 REFUSED = {
     "over the inverse": (over_the_inverse, NO_WEIGHT),
@@ -356,6 +386,14 @@ REFUSED = {
     "a square": (squared, NO_WEIGHT),
     "a square in two steps": (squared_in_two_steps, NO_WEIGHT),
     "a sum": (residual, NO_WEIGHT),
+    "two numbers added to the mean": (two_eps, AT_ONCE),
+    "another power": (by_the_mean, AT_ONCE),
+    "one more than the weight used elsewhere too": (one_more_twice, NO_WEIGHT),
+    "its root over itself": (over_itself, NO_WEIGHT),
+    "a weight that is computed": (
+        by_function_of_one_more,
+        "rms_norm in module 'norms.0' has no parameter as its weight",
+    ),
 }
 
 
@@ -431,9 +469,18 @@ def test_a_root_that_is_returned_too():
     kept(model, words)
 
 
-def test_a_multiple_of_a_number_added_to_the_weight():
-    """That is no number that is known: what reads the norm takes in the factor."""
-    model = prepared(Net(Norm(twice_one_more)))
+def test_a_mean_that_is_returned_too():
+    def both(m, h):
+        mean = mean_of_squares(h)
+        return m.consumer(m.norms[0].weight * (h * torch.rsqrt(mean + m.norms[0].eps))), mean
+
+    kept(prepared(Net(Norm(llama), between=both)), "mean in the model's own forward needs all .*")
+
+
+@pytest.mark.parametrize("function", [twice_one_more, two_more, by_the_exponential])
+def test_a_weight_that_is_no_parameter_and_a_number(function):
+    """What reads the norm takes in the factor."""
+    model = prepared(Net(Norm(function)))
     plan = plan_of(model)
     assert [rescale.weights for rescale in plan.rescales] == [("consumer.weight",)]
     assert_computes(plan.apply(model), model, {"tail": K}, *SHAPES)

@@ -389,6 +389,19 @@ def test_channels_are_constant_and_positions_are_not():
     assert assert_exact(model, (torch.randn(3, 3, 12),), others, {"1": 5, "3": 8}) is not None
 
 
+def test_channels_are_not_constant_where_a_layer_drops_positions():
+    model = nn.Sequential(
+        nn.Conv1d(3, 12, 1),
+        TailDropout(dropout_dim=1),
+        nn.BatchNorm1d(12),
+        TailDropout(dropout_dim=2),
+        Do(lambda h: torch.cat([h, h[..., :1]], -1), nn.Conv1d(12, 2, 1)),
+        nn.Linear(13, 2),
+    )
+    others = [(torch.randn(batch, 3, 12),) for batch in (1, 2, 5)]
+    assert_exact_unread(model, (torch.randn(3, 3, 12),), others, {"1": 5, "3": 8})
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_one_number_stands_for_all_only_where_all_are_of_it(k):
     model = M(
