@@ -523,7 +523,6 @@ RULES: dict[Any, Rule] = {
         (aten.matmul.default, aten.mm.default, aten.bmm.default),
         Rule(_product(0, 1), zeros_from_any(0, 1), _as_they_are),
     ),
-    aten._grouped_mm.default: _GROUPED_PRODUCT,
     aten.einsum.default: Rule(_einsum, zeros_from_any_factor),
     aten.bilinear.default: Rule(_bilinear),
     **_each(
@@ -673,8 +672,11 @@ RULES: dict[Any, Rule] = {
 }
 
 
-# Operations that other packages define, which are there only once these are imported.
-BY_NAME = {"transformers.grouped_mm_fallback.default": _GROUPED_PRODUCT}
+# Operations that not every torch has, or that are there only once another package is imported.
+BY_NAME = {
+    "aten._grouped_mm.default": _GROUPED_PRODUCT,
+    "transformers.grouped_mm_fallback.default": _GROUPED_PRODUCT,
+}
 
 
 def belongs_to_attention(flow: Dataflow, node: fx.Node) -> bool:

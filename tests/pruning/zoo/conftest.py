@@ -8,5 +8,5 @@ def pytest_collection_modifyitems(items):
 
 def network_of(item):
     """What belongs to none of them stays where it is."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return (item.path, params["p"][0]) if "p" in params else item.nodeid
+    place = item.callspec.params.get("p") if hasattr(item, "callspec") else None
+    return (item.path, place[0]) if isinstance(place, tuple) else item.nodeid
