@@ -206,11 +206,17 @@ def _turns_of_numbers(first: Export, compared: list[Compared]) -> Iterator[_Turn
 
 
 def _sets_one_apart(relation: Any) -> bool:
-    """Whether it holds of all numbers but 1, as `x > 1` and `x != 1` do."""
-    if len(relation.args) != 2 or not any(side.is_number for side in relation.args):
-        return False
+    """Whether it holds of all sizes or products of them but 1, as `x > 1` and `6 * x != 6` do."""
     x = sympy.Dummy(integer=True, positive=True)
-    of_x = relation.func(*(side if side.is_number else x for side in relation.args))
+    sides = []
+    for side in relation.args:
+        factor, rest = side.as_coeff_Mul() if isinstance(side, sympy.Expr) else (1, side)
+        if not all(part.is_symbol for part in sympy.Mul.make_args(rest) if part != 1):
+            return False
+        sides.append(side if side.is_number else factor * x)
+    if len(sides) != 2 or not any(side.is_number for side in sides):
+        return False
+    of_x = relation.func(*sides)
     return [of_x.subs(x, n) for n in (1, 2, 3)] == [sympy.false, sympy.true, sympy.true]
 
 

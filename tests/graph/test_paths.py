@@ -4,7 +4,7 @@ import copy
 
 import torch
 from helpers.oracle import as_trained
-from helpers.sizes import K, M, assert_equal_at, prune_or_refuse
+from helpers.sizes import K, M, assert_equal_at, assert_exact, prune_or_refuse
 from torch import nn
 from torch.testing import assert_close
 
@@ -93,3 +93,14 @@ def test_arguments_that_the_signature_does_not_name_have_symbols_too():
     large.model.t.set_k(K)
     other = {"x": torch.randn(5, 4, 3).double(), "scale": torch.randn(5, 4, 1).double()}
     assert_close(small(**other), large(**other), rtol=1e-9, atol=1e-10)
+
+
+def test_one_of_three_lengths_is_not_one_length():
+    """At lengths 8 and 7 the tail adds the same, and at 10 it does not."""
+
+    def forward(s, x):
+        h = s.h(x).cos()
+        return s.b(h.sum(1) if x.shape[1] % 3 == 1 else 7 * h[:, 0])
+
+    others = [(torch.randn(2, length, 3),) for length in (7, 9, 10, 13)]
+    assert assert_exact(M(forward), (torch.randn(2, 8, 3),), others) is not None
