@@ -66,19 +66,22 @@ class Pruned:
 
 
 @functools.lru_cache(maxsize=4)  # the tests of a case follow each other
-def planned(name: str, case: Case) -> tuple[nn.Module, dict[str, object], td.PrunePlan]:
-    """A network of the zoo, what it was like before, and its plan for half of the features."""
+def planned(name: str, case: Case) -> tuple[nn.Module, td.PrunePlan]:
+    """A network of the zoo, and its plan for half of the features, which leaves it as it was."""
     torch.manual_seed(sum(map(ord, name)))
-    model = case.make()
+    model, ks, inputs = case.make(), case.ks("half"), case.inputs(2)
     before = snapshot(model)
-    return model, before, td.plan_pruning(model, case.ks("half"), case.inputs(2))
+    plan = td.plan_pruning(model, ks, inputs)
+    assert_same(snapshot(model), before)
+    return model, plan
 
 
 @functools.lru_cache(maxsize=20)
 def pruned(name: str, place: str, case: Case) -> Pruned:
     """What was made of a network of the zoo. For reading only."""
-    model, before, half = planned(name, case)
+    model, half = planned(name, case)
     ks = case.ks(place)
+    before = snapshot(model)
     plan = half if place == "half" else half.at(ks)
     small = plan.apply(model)
     return Pruned(case, model, ks, plan, small, before, snapshot(model))
