@@ -315,10 +315,10 @@ MUTATIONS = [
         "bias_of_zeros",
     ),
     Mutation(
-        "halves along their own dim only",
+        "halves of another dim are multiplied",
         CONSTANTS,
-        '    if dim != operation.arg(1, "dim", -1) % rank:\n        return from_related(operation, dim, facts)\n',
-        "",
+        "Known.of(both.mask, both.value * both.value.sigmoid())",
+        "both",
         "halves_of_another_dim",
     ),
     Mutation(
@@ -537,7 +537,7 @@ MUTATIONS = [
         CUTS,
         "if not isinstance(read.bias, fx.Node) and rows in found.stays:",
         "if False:",
-        "loses_rows",
+        "rows_that_stay",
     ),
     # What features belong together.
     Mutation(
@@ -630,13 +630,6 @@ MUTATIONS = [
         "        return dict.fromkeys(range(rank))\n\n    def roll",
         "        return {}\n\n    def roll",
         "rolled_in_a_row",
-    ),
-    Mutation(
-        "repeats in a row move all dims",
-        MOVING,
-        "        return dict.fromkeys(range(rank) if dim is None else [dim % rank])",
-        "        return {}",
-        "twice_in_a_row",
     ),
     Mutation(
         "rows by one index",
@@ -735,13 +728,6 @@ MUTATIONS = [
         NORMS,
         "taker = None if divides and value is node else _taker(user, value)",
         "taker = _taker(user, value)",
-        "norms_that_stay",
-    ),
-    Mutation(
-        "norms: a square is no product with a weight",
-        NORMS,
-        "isinstance(other, fx.Node) and other is not value:",
-        "isinstance(other, fx.Node):",
         "norms_that_stay",
     ),
     Mutation(
