@@ -254,8 +254,9 @@ def of_halves(operation: Operation, dim: int, facts: Facts) -> Known | None:
     """glu: the first half, times the sigmoid of the second."""
     input = operation.args[0]
     rank = len(shape(input))
-    if dim != operation.arg(1, "dim", -1) % rank:
-        return from_related(operation, dim, facts)
+    if dim != operation.arg(1, "dim", -1) % rank:  # both halves are of this value
+        both = from_related(operation, dim, facts)
+        return None if both is None else Known.of(both.mask, both.value * both.value.sigmoid())
     known = facts.at((input, dim))
     half = len(known.mask) // 2
     value = known.value[:half] * known.value[half:].sigmoid()

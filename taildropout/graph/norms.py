@@ -260,7 +260,7 @@ def _taker(user: Operation, value: fx.Node) -> Factor | None:
     if user.target is aten.linear.default and user.args[0] is value:
         return _factor(user, user.args[1])
     other = _other_argument(user, value)
-    if user.target in _PRODUCTS and isinstance(other, fx.Node) and other is not value:
+    if user.target in _PRODUCTS and isinstance(other, fx.Node):
         return _factor(user, other)
     return None
 

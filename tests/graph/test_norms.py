@@ -345,6 +345,10 @@ def by_the_exponential(m, x):
     return x * torch.rsqrt(mean_of_squares(x) + m.eps) * m.weight.exp()
 
 
+def over_the_weighted_root(m, x):
+    return x / (m.weight * torch.sqrt(mean_of_squares(x) + m.eps))
+
+
 def two_eps(m, x):
     return m.weight * x * torch.rsqrt(mean_of_squares(x) + 0.2 + m.eps)
 
@@ -389,6 +393,7 @@ REFUSED = {
     "two numbers added to the mean": (two_eps, AT_ONCE),
     "another power": (by_the_mean, AT_ONCE),
     "one more than the weight used elsewhere too": (one_more_twice, NO_WEIGHT),
+    "a weight of the root that divides": (over_the_weighted_root, NO_WEIGHT),
     "its root over itself": (over_itself, NO_WEIGHT),
     "a weight that is computed": (
         by_function_of_one_more,
