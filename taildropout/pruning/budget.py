@@ -1,5 +1,6 @@
 """Widths for several layers under one budget."""
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.width import rounded_up
 from .plan import plan_pruning
+
+_ANY = 1e-6  # a width at which each layer has one feature, or one group of them
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,8 @@ def choose_widths(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if iter(data) is data:
         raise ValueError("data is gone through many times: pass a list or DataLoader, no generator")
-    layers = list(tail_dropouts(model))
-    if not layers:
-        raise ValueError("the model must contain TailDropout layers, and has none")
-
-    one = dict.fromkeys(layers, 1)
-    smallest = plan_pruning(model, one, example_inputs, multiple_of=multiple_of)
+    smallest = plan_pruning(model, _ANY, example_inputs, multiple_of=multiple_of)
+    layers = {name: tail_dropouts(model)[name] for name in smallest.k}  # those that are called
 
     def cost_at(widths: dict[str, int]) -> int:
         return int(getattr(smallest.at(widths, check=False).after, of))
@@ -113,7 +112,10 @@ def choose_widths(
             f"budget {budget} is too small: layers of {_features(multiple_of)} exceed it"
         )
     widths = dict(smallest.n)
-    sizes = {name: _sizes(n, steps, multiple_of) for name, n in widths.items()}
+    sizes = {
+        name: _sizes(n, steps, math.lcm(multiple_of, layers[name].multiple_of))
+        for name, n in widths.items()
+    }
     path: list[WidthStep] = []
     while True:
         cost = cost_at(widths)
@@ -121,10 +123,10 @@ def choose_widths(
         for name in layers:
             ks = [k for k in sizes[name] if k <= widths[name]]
             with ExitStack() as stack:
-                for other, layer in tail_dropouts(model).items():
+                for other, layer in layers.items():
                     stack.enter_context(layer.using_k(None if other == name else widths[other]))
                 curve = scree(model, loss, data, layer=name, ks=ks, progress=progress)
-            if name == layers[0]:
+            if name == next(iter(layers)):
                 path.append(WidthStep(widths, cost, float(curve.loss[-1]), float(curve.stderr[-1])))
                 if cost <= limit:
                     return WidthPath(of, path)

@@ -120,7 +120,7 @@ def test_the_model_comes_back_as_it_was(trained, held_out):
         ({"budget": 1.5}, r"budget must be a fraction in \(0, 1\], got 1.5"),
         ({"budget": 0.001}, "budget 0.001 is too small: layers of one feature exceed it"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"model": nn.Linear(3, 3)}, "must contain TailDropout layers"),
+        ({"model": nn.Linear(3, 3)}, "must contain a TailDropout layer"),
         ({"data": iter([])}, "pass a list or DataLoader, no generator"),
     ],
 )
@@ -159,3 +159,24 @@ def test_of_steps_that_cost_nothing_the_one_that_saves_most_is_taken():
     path = td.choose_widths(model, indifferent, data, 0.5, torch.randn(2, 4), progress=False)
     assert path.widths == {"1": 4, "3": 14}
     assert [step.cost for step in path.steps] == [246, 246 - 18 * 7]
+
+
+def test_layers_of_groups_get_whole_ones_and_layers_that_are_never_called_none():
+    class Groups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.groups = nn.Linear(4, 12), td.TailDropout(multiple_of=4)
+            self.second, self.single = nn.Linear(12, 6), td.TailDropout()
+            self.last, self.never = nn.Linear(6, 2), td.TailDropout()
+
+        def forward(self, x):
+            return self.last(self.single(self.second(self.groups(self.first(x)))))
+
+    data = [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(2)]
+    with pytest.warns(UserWarning, match=r"never calls its TailDropout layers \['never'\]"):
+        path = td.choose_widths(
+            Groups(), nn.MSELoss(), data, 0.5, data[0][0][:2], steps=6, progress=False
+        )
+    assert all(step.widths["groups"] % 4 == 0 for step in path.steps)
+    assert set(path.widths) == {"groups", "single"}
+    assert path.steps[-1].cost <= 0.5 * path.steps[0].cost
