@@ -8,7 +8,7 @@ from .measuring.scree import scree
 from .models.copies import PruningError
 from .models.insert import insert, insert_each, remove, replace_dropout, tail_dropouts
 from .models.together import DrawnTogether, draw_together
-from .models.width import Choice, at_width
+from .models.width import Choice, ChosenWidth, at_width
 from .pruning.budget import WidthPath, WidthStep, choose_widths
 from .pruning.finalize import finalize
 from .pruning.nest import Nested, Place, Places, nest, places
@@ -21,9 +21,10 @@ from .showing.report import report
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "Choice", "DrawnTogether", "LiveScree", "Nested", "Place", "Places", "PrunePlan",
-    "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout", "TailMLP", "WidthPath",
-    "WidthStep", "at_width", "choose_widths", "draw_together", "draws", "finalize", "functional",
-    "insert", "insert_each", "lengths", "load_pruned", "nest", "places", "plan_pruning", "prune",
-    "recalibrate", "remove", "replace_dropout", "report", "save_pruned", "scree", "tail_dropouts",
+    "Choice", "ChosenWidth", "DrawnTogether", "LiveScree", "Nested", "Place", "Places",
+    "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout", "TailMLP",
+    "WidthPath", "WidthStep", "at_width", "choose_widths", "draw_together", "draws",
+    "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned", "nest",
+    "places", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report",
+    "save_pruned", "scree", "tail_dropouts",
 ]

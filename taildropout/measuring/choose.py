@@ -6,6 +6,7 @@ difference of their losses has a far smaller standard error than either loss.
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.width import Choice
+from ..models.width import Choice, ChosenWidth
 
 _SIMULATIONS = 20_000
 _AT_ONCE = 2**16  # errors, which fit the cache of a CPU
@@ -27,7 +28,7 @@ class Curve(Protocol):
     @property
     def features(self) -> str: ...
     @property
-    def ks(self) -> list[int]: ...
+    def ks(self) -> Sequence[float]: ...
     @property
     def loss(self) -> Tensor: ...
     @property
@@ -38,7 +39,7 @@ class Curve(Protocol):
     def cov(self) -> Tensor: ...
 
 
-def choose(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> Choice:
+def choose(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> Choice | ChosenWidth:
     """The smallest k that surely loses at most a fraction `tolerance` against the full width.
 
     With L_k the expected loss at k, n the largest measured k, and d_k = L_k - L_n, it is the
@@ -56,7 +57,8 @@ def choose(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> C
 
     Returns:
         The k, an int that also carries the name of its layer: `prune`, `plan_pruning` and
-        `at_width` take it for a model with several layers too.
+        `at_width` take it for a model with several layers too. Of several layers that were
+        measured together the width, a float.
 
     Raises:
         ValueError: one sample, losses that are NaN or infinite, a negative tolerance, a
@@ -97,16 +99,17 @@ def explain(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> 
     i, n = scree.ks.index(chosen), scree.ks[-1]
     samples = f"with {100 * confidence:.6g}% confidence from {scree.count:,} samples"
     allowed = _relative(tolerance * abs(full), full)
+    k = "k" if isinstance(n, int) else "width"
     if chosen == n:
-        text = f"k = {n} of {n}: nothing smaller can be vouched for {samples}."
+        text = f"{k} = {n} of {n}: nothing smaller can be vouched for {samples}."
     else:
         rise = _relative(float(scree.loss[i]) - full, full)
-        text = f"k = {chosen} of {n}: {rise} against k = {n}, and at most {allowed} {samples}."
+        text = f"{k} = {chosen} of {n}: {rise} against {k} = {n}, and at most {allowed} {samples}."
     if i == 0:
         return text
     excess, margin = float(bounds.excess[i - 1]), bounds.factor * float(bounds.stderr[i - 1])
     measured = float(scree.loss[i - 1]) - full
-    text += f"\nk = {scree.ks[i - 1]} measures {_relative(measured, full)}"
+    text += f"\n{k} = {scree.ks[i - 1]} measures {_relative(measured, full)}"
     advice = []
     if excess < 0:
         bound = _relative(measured + margin, full)
@@ -122,7 +125,7 @@ def explain(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> 
 
 
 def _sufficient_tolerance(
-    errors: "_Errors", confidence: float, measured: float, chosen: int
+    errors: "_Errors", confidence: float, measured: float, chosen: float
 ) -> int | None:
     """The smallest whole percent at which a smaller k is chosen, up to three times the loss."""
     full = abs(float(errors.scree.loss[-1]))
@@ -207,17 +210,23 @@ class _Errors:
         return float(torch.cat(largest).quantile(confidence))
 
 
-def _smallest(scree: Curve, bounds: _Bounds) -> Choice:
+def _smallest(scree: Curve, bounds: _Bounds) -> Choice | ChosenWidth:
     upper = (bounds.excess + bounds.factor * bounds.stderr).tolist()
     smallest = scree.ks[-1]
     for k, bound in zip(reversed(scree.ks[:-1]), reversed(upper), strict=True):
         if not bound <= 0:
             break
         smallest = k
-    return Choice(smallest, scree.layer, scree.features)
+    return _chosen(scree, smallest)
 
 
-def one_standard_error(scree: Curve) -> Choice:
+def _chosen(scree: Curve, k: float) -> Choice | ChosenWidth:
+    if isinstance(k, int):
+        return Choice(k, scree.layer, scree.features)
+    return ChosenWidth(k, scree.layer, scree.features)
+
+
+def one_standard_error(scree: Curve) -> Choice | ChosenWidth:
     """The smallest k whose loss is within one standard error of the smallest loss.
 
     The rule of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees (1984),
@@ -238,10 +247,10 @@ def one_standard_error(scree: Curve) -> Choice:
         raise ValueError("a standard error needs at least two samples, got one")
     best = int(scree.loss.argmin())
     limit = scree.loss[best] + scree.stderr[best]
-    return Choice(scree.ks[int((scree.loss <= limit).nonzero()[0])], scree.layer, scree.features)
+    return _chosen(scree, scree.ks[int((scree.loss <= limit).nonzero()[0])])
 
 
-def knee(scree: Curve) -> Choice | None:
+def knee(scree: Curve) -> Choice | ChosenWidth | None:
     """The k where the curve bends most; None where it does not bend.
 
     Kneedle with sensitivity 1 for a convex, decreasing curve: after scaling both axes to [0, 1],
@@ -275,7 +284,7 @@ def knee(scree: Curve) -> Choice | None:
         if here <= before and here <= after:
             candidate = None
         if candidate is not None and after < threshold:
-            return Choice(scree.ks[candidate], scree.layer, scree.features)
+            return _chosen(scree, scree.ks[candidate])
     return None
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.width import Choice
 from . import choose
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ class Scree:
     """Loss as a function of k, measured on the same samples for every k.
 
     Attributes:
-        layer: qualified name of the layer.
-        ks: the measured prefix lengths, increasing.
+        layer: qualified name of the layer, or the pattern of several.
+        ks: the measured prefix lengths, ints, increasing; of several layers the widths, floats.
         loss: mean loss for each of them; float64, shape `(len(ks),)`.
         count: number of samples.
         cov: covariance of the per-sample losses of two ks; float64, `(len(ks), len(ks))`.
@@ -30,7 +29,7 @@ class Scree:
     """
 
     layer: str
-    ks: list[int]
+    ks: list[Any]
     loss: Tensor
     count: int
     cov: Tensor = field(repr=False)
@@ -41,10 +40,10 @@ class Scree:
         """Standard error of each mean loss: float64, shape `(len(ks),)`. NaN for one sample."""
         return (self.cov.diagonal() / self.count).sqrt()
 
-    def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> Choice:
+    def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> Any:
         """The smallest k that surely loses at most a tolerance against the largest measured k.
 
-        It is an int that carries the name of the layer; of random features or principal components
+        It is an int that carries the name of the layer (of several layers a float, the width); of random features or principal components
         it is no k to prune to, which is refused. See `taildropout.measuring.choose.choose`.
         """
         return choose.choose(self, tolerance, confidence)
@@ -56,14 +55,14 @@ class Scree:
         """
         return choose.explain(self, tolerance, confidence)
 
-    def one_standard_error(self) -> Choice:
+    def one_standard_error(self) -> Any:
         """The smallest k whose loss is within one standard error of the smallest loss.
 
         See `taildropout.measuring.choose.one_standard_error`.
         """
         return choose.one_standard_error(self)
 
-    def knee(self) -> Choice | None:
+    def knee(self) -> Any:
         """The k where the curve bends most, or None if it does not bend.
 
         See `taildropout.measuring.choose.knee`.

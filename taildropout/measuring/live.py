@@ -1,7 +1,5 @@
 """The scree curve from the training batches themselves."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -157,7 +155,7 @@ class LiveScree:
         cov = torch.diag(stderr_squared * count)
         if self._features is None:
             return Scree("", ks.tolist(), mean, count, cov)
-        widths: Any = (ks.double() / self._features).tolist()
+        widths = (ks.double() / self._features).tolist()
         return Scree("*", widths, mean, count, cov)
 
 

@@ -1,5 +1,6 @@
 """Mean and covariance of per-sample losses as they come, over all processes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ class Moments:
 
 
 def of_all_processes(
-    ks: list[int] | None, moments: Moments | None
-) -> tuple[list[int] | None, Moments | None]:
+    ks: Sequence[float] | None, moments: Moments | None
+) -> tuple[Sequence[float] | None, Moments | None]:
     """The moments of all processes' data together, the same in each; alone, what is given."""
     if not (dist.is_available() and dist.is_initialized()):
         return ks, moments
@@ -52,7 +53,7 @@ def of_all_processes(
     shares = [share for share in shares if share is not None]
     if not shares:
         return None, None
-    measured: list[int] = shares[0][0]
+    measured: Sequence[float] = shares[0][0]
     if any(share[0] != measured for share in shares):
         raise ValueError("all processes must measure the same ks of the same layer")
     together = Moments(len(measured))

@@ -1,6 +1,7 @@
 """Measuring loss(k): how much each further feature is worth, on held-out data."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -9,9 +10,20 @@ from torch import nn
 from tqdm import tqdm
 
 from ..functional.checks import check_k_at_most
+from ..layers import TailDropout
 from ..models.inputs import Inputs, pair_of, to_device
+from ..models.names import is_pattern
 from ..models.sharded import check_whole_layers
-from ..models.width import Width, as_it_was, check_ks, features_of, find_layer, k_at
+from ..models.width import (
+    Width,
+    as_it_was,
+    check_ks,
+    check_widths,
+    features_of,
+    find_layer,
+    k_at,
+    matched_layers,
+)
 from .at_once import Losses
 from .curve import Scree
 from .cuts import Features, First, Principal, Random, check_features
@@ -32,7 +44,7 @@ def scree(
     progress: bool = True,
     memory: int = 2**30,
 ) -> Scree:
-    """Measure the loss for each prefix length k of one TailDropout layer.
+    """Measure the loss for each prefix length k of one TailDropout layer, or each width of several.
 
     The model is run in eval mode without gradients, and comes back in the state that it was in:
     modes, ks, and the state of torch's random generator, also after an exception or Ctrl-C.
@@ -55,7 +67,10 @@ def scree(
         data: yields `(inputs, target)`, where inputs is a tensor (`model(inputs)`), a tuple
             (`model(*inputs)`) or a dict (`model(**inputs)`). Held-out data: on the training
             data every further feature seems to help.
-        layer: qualified name of the layer, needed if there are several.
+        layer: qualified name of the layer, needed if there are several. Or a pattern, with `*`,
+            `?` and `[...]` as in a shell, or "re:...": all layers that it fits are measured at
+            one width, `ks` are fractions in (0, 1] (None: 0, 1/32, ..., 1), and so is what
+            `choose` returns. `"*"` is the whole network.
         ks: the ks to measure, ints or fractions of n in (0, 1]. None: all of 0, ..., n up to
             n = 256, else 0, n and up to 128 sizes spaced geometrically. The largest is what
             `choose` compares with, so include n.
@@ -95,43 +110,73 @@ def scree(
         >>> s.layer, s.ks, s.count
         ('1', [0, 1, 2, 3], 40)
     """
-    name, swept = find_layer(model, layer)
+    together = is_pattern(layer)
+    layers = matched_layers(model, str(layer)) if together else dict([find_layer(model, layer)])
+    name = str(layer) if together else next(iter(layers))
     check_whole_layers(model, "scree")
     per_sample_loss = per_sample(loss)
-    widths = None if ks is None else check_ks(ks, name, swept.multiple_of)
+    chosen: Sequence[float] | None = None
+    if together:
+        chosen = _WIDTHS if ks is None else check_widths(ks, name)
+    elif ks is not None:
+        chosen = check_ks(ks, name, layers[name].multiple_of)
     check_features(features, data)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
     total = len(data) if isinstance(data, Sized) else None
-    chosen: list[int] | None = None
     moments: Moments | None = None
-    with as_it_was(model), swept.using_width(None), quiet(), torch.no_grad():
-        components = None
-        if features == "principal":
-            components = Principal.of(model, swept, data, device)
+    with ExitStack() as stack:
+        stack.enter_context(as_it_was(model))
+        for swept in layers.values():
+            stack.enter_context(swept.using_width(None))
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        components = {
+            swept: Principal.of(model, swept, data, device)
+            for swept in (layers.values() if features == "principal" else ())
+        }
         bar = tqdm(data, desc="scree", total=total, disable=not progress)
         batches = (to_device(pair_of(batch), device) for batch in bar)
         first = next(batches, None)
         if first is not None:
-            n = features_of(model, swept, name, first[0])
-            m = swept.multiple_of
-            chosen = (
-                [m * k for k in _default_ks(n // m)]
-                if widths is None
-                else sorted({k_at(w, n, m) for w in widths})
-            )
-            check_k_at_most(chosen[-1], n)
-            dim = swept.dropout_dim
-            cut = components or (Random(dim, n) if features == "random" else First(dim))
-            losses = Losses(model, per_sample_loss, f"layer {name!r}", {swept: cut}, memory)
-            grid = [{swept: k} for k in chosen]
+            n_of = features_of(model, layers, first[0])
+            if not together:
+                chosen = _ks_of_one(chosen, *next(iter(n_of.items())))
+            assert chosen is not None
+            grid = [
+                {swept: k_at(w, n, swept.multiple_of) for swept, n in n_of.items()} for w in chosen
+            ]
+            cuts = {
+                swept: components.get(swept)
+                or (
+                    Random(swept.dropout_dim, n)
+                    if features == "random"
+                    else First(swept.dropout_dim)
+                )
+                for swept, n in n_of.items()
+            }
+            words = f"layers {name!r}" if together else f"layer {name!r}"
+            losses = Losses(model, per_sample_loss, words, cuts, memory)
             moments = Moments(len(grid))
             for inputs, target in chain([first], batches):
                 moments.add(losses.of(inputs, target, grid))
     chosen, moments = of_all_processes(chosen, moments)
     if moments is None or chosen is None or moments.count == 0:
         raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
-    return Scree(name, chosen, moments.mean, moments.count, moments.covariance(), features)
+    return Scree(name, list(chosen), moments.mean, moments.count, moments.covariance(), features)
+
+
+_WIDTHS = [i / 32 for i in range(33)]  # of several layers, by default
+
+
+def _ks_of_one(widths: Sequence[float] | None, layer: TailDropout, n: int) -> list[int]:
+    """What was asked for, or the default, as numbers of the features of one layer."""
+    m = layer.multiple_of
+    if widths is None:
+        return [m * k for k in _default_ks(n // m)]
+    ks = sorted({k_at(w, n, m) for w in widths})
+    check_k_at_most(ks[-1], n)
+    return ks
 
 
 def _default_ks(n: int) -> list[int]:

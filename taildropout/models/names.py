@@ -51,3 +51,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inside is None:
             return model
         model = model.get_submodule(inside)
+
+
+def is_pattern(name: str | None) -> bool:
+    """Whether it may fit several names."""
+    return name is not None and (name.startswith("re:") or any(c in name for c in "*?["))

@@ -50,6 +50,26 @@ class Choice(int):
         return type(self), (int(self), self.layer, self.features)
 
 
+class ChosenWidth(float):
+    """A width that knows its layers, and is a float in everything else. Made by `Scree.choose`.
+
+    Attributes:
+        layer: the pattern of their names.
+        features: as in `Choice`.
+    """
+
+    layer: str
+    features: str
+
+    def __new__(cls, width: float, layer: str = "*", features: str = "first") -> "ChosenWidth":
+        chosen = super().__new__(cls, width)
+        chosen.layer, chosen.features = layer, features
+        return chosen
+
+    def __reduce__(self) -> tuple[type["ChosenWidth"], tuple[float, str, str]]:
+        return type(self), (float(self), self.layer, self.features)
+
+
 # --- what was said, for each layer --------------------------------------------------------------
 
 
@@ -67,6 +87,8 @@ def widths_by_layer(model: nn.Module, widths: Widths) -> dict[str, Width]:
             raise ValueError("k=None prunes to the ks that are set, and none is: call set_k(k)")
     elif isinstance(widths, Mapping):
         given = _matched(model, widths)
+    elif isinstance(widths, ChosenWidth):
+        given = _matched(model, {widths.layer: widths})
     elif len(layers) == 1 or _is_fraction(widths):
         given = dict.fromkeys(layers, widths)
     elif isinstance(widths, Choice) and widths.layer:
@@ -112,18 +134,19 @@ def warn_of_never_called(names: Collection[str]) -> None:
 
 def check_width(width: Any, name: str, multiple_of: int) -> Width:
     """The width of one layer, as an int or a float."""
+    if isinstance(width, Choice | ChosenWidth) and width.features != "first":
+        raise ValueError(
+            f"a layer keeps its first features, got k={width} {width.features} ones for layer "
+            f'{name!r}: choose from a scree with features="first"'
+        )
     if _is_fraction(width):
-        if not 0 < width <= 1:
+        nothing = width == 0 and isinstance(width, ChosenWidth)  # measured, and good enough
+        if not (0 < width <= 1 or nothing):
             raise ValueError(
                 f"a fraction of the features must be in (0, 1], got {width} for layer {name!r}: "
                 "a number of features must be an int"
             )
         return float(width)
-    if isinstance(width, Choice) and width.features != "first":
-        raise ValueError(
-            f"a layer keeps its first features, got k={width} {width.features} ones for layer "
-            f'{name!r}: choose from a scree with features="first"'
-        )
     k = check_k(width)
     if isinstance(k, Tensor):
         raise TypeError(f"k must be one int for all samples, got {k} for layer {name!r}")
@@ -248,8 +271,28 @@ def find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
     )
 
 
-def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs) -> int:
-    """n of the layer, by running the model once; warns of layers that it never calls."""
+def matched_layers(model: nn.Module, pattern: str) -> dict[str, TailDropout]:
+    """The layers whose names a pattern fits."""
+    layers = tail_dropouts(model)
+    found = {
+        name: layer
+        for name, layer in layers.items()
+        if any(fits_pattern(pattern, own) for own in names_of_layer(model, name))
+    }
+    if not found:
+        raise ValueError(
+            f"layer must fit TailDropout layers of the model, {sorted(layers)}, got {pattern!r}"
+        )
+    return found
+
+
+def features_of(
+    model: nn.Module, layers: Mapping[str, TailDropout], inputs: Inputs
+) -> dict[TailDropout, int]:
+    """n of each layer, by running the model once.
+
+    Warns of layers that the model never calls; where there are others, these are left out.
+    """
     seen: dict[TailDropout, set[int]] = {other: set() for other in tail_dropouts(model).values()}
 
     def look(module: TailDropout, args: Any, output: Tensor) -> None:
@@ -260,13 +303,15 @@ def features_of(model: nn.Module, layer: TailDropout, name: str, inputs: Inputs)
 
     with hooked(dict.fromkeys(seen, look)):
         call(model, inputs)
-    if len(seen[layer]) != 1:
-        raise ValueError(
-            f"layer {name!r} must be called by the model with one number of features, "
-            f"got {sorted(seen[layer]) or 'no call'}"
-        )
+    called = {name: layer for name, layer in layers.items() if seen[layer]} or layers
+    for name, layer in called.items():
+        if len(seen[layer]) != 1:
+            raise ValueError(
+                f"layer {name!r} must be called by the model with one number of features, "
+                f"got {sorted(seen[layer]) or 'no call'}"
+            )
     warn_of_never_called([name for name, m in tail_dropouts(model).items() if not seen[m]])
-    return seen[layer].pop()
+    return {layer: seen[layer].pop() for layer in called.values()}
 
 
 def check_ks(ks: Iterable[Width], name: str, multiple_of: int) -> list[Width]:
@@ -278,3 +323,18 @@ def check_ks(ks: Iterable[Width], name: str, multiple_of: int) -> list[Width]:
     if not checked:
         raise ValueError("ks must be at least one k, got none")
     return checked
+
+
+def check_widths(widths: Iterable[Width], name: str) -> list[float]:
+    """Of several layers, to be measured: fractions."""
+    checked = []
+    for width in widths:
+        if not _is_fraction(width):
+            raise ValueError(
+                f"ks of several layers, {name!r}, must be widths, floats in (0, 1] where 1.0 is the "
+                f"full width, got {width!r}"
+            )
+        checked.append(float(check_width(float(width), name, 1)))
+    if not checked:
+        raise ValueError("ks must be at least one width, got none")
+    return sorted(set(checked))

@@ -62,7 +62,7 @@ class Sweep:
             raise ValueError(
                 f"the scree must have measured each k of the sweep, got none at {missing}"
             )
-        at = [scree.ks.index(p.k) for p in self.points if isinstance(p.k, int)]
+        at = [scree.ks.index(p.k) for p in self.points]
         return [(float(scree.loss[i]), float(scree.stderr[i])) for i in at]
 
 

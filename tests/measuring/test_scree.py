@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -638,3 +639,95 @@ def test_a_layer_that_is_never_called_is_warned_of():
     with pytest.warns(UserWarning, match=r"never calls its TailDropout layers \['never'\]"):
         curve = scree(CallsOne(), nn.MSELoss(), data, layer="called")
     assert curve.ks == [0, 1, 2, 3]
+
+
+# --- several layers at one width -----------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    """Layers of different n, one of them in groups, and a skip connection around both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a = nn.Linear(5, 8), TailDropout(multiple_of=2)
+        self.second, self.b = nn.Linear(8, 12), TailDropout()
+        self.last, self.skip = nn.Linear(12, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.b(self.second(self.a(self.first(x).relu())).relu())) + self.skip(x)
+
+
+def of_two_layers():
+    data = [(torch.randn(6, 5), torch.randn(6, 3)) for _ in range(2)]
+    return TwoLayers().double().eval(), [(x.double(), y.double()) for x, y in data]
+
+
+@pytest.mark.parametrize("features", ["first", "random", "principal"])
+@pytest.mark.parametrize("pattern", ["*", "re:a|b", "[ab]"])
+def test_several_layers_are_measured_at_one_width(pattern, features):
+    model, data = of_two_layers()
+    curve = scree(model, nn.MSELoss(), data, layer=pattern, features=features)
+    assert curve.layer == pattern
+    assert curve.ks == [i / 32 for i in range(33)]
+    full = torch.stack([nn.functional.mse_loss(model(x), y) for x, y in data]).mean()
+    assert_close(curve.loss[-1], full)
+    assert curve.loss[:-1].max() > full
+
+
+def test_the_loss_at_a_width_is_that_of_a_loop():
+    model, data = of_two_layers()
+    curve = scree(model, nn.MSELoss(), data, layer="*")
+    for i, width in enumerate(curve.ks):
+        with model.a.using_width(width), model.b.using_width(width):
+            losses = [nn.functional.mse_loss(model(x), y) for x, y in data]
+        assert_close(curve.loss[i], torch.stack(losses).mean())
+
+
+def test_what_is_chosen_of_several_layers_is_what_prune_and_at_width_take():
+    model, data = of_two_layers()
+    curve = scree(model, nn.MSELoss(), data, layer="*", ks=[0.25, 0.5, 1.0])
+    width = curve.choose(tolerance=1e6)
+    assert (width, width.layer) == (0.25, "*")
+    assert pickle.loads(pickle.dumps(width)).layer == "*"
+    small = td.prune(model, width, data[0][0])
+    assert (small.first.out_features, small.second.out_features) == (2, 3)
+    with td.at_width(model.eval(), width):
+        assert_close(small(data[0][0]), model(data[0][0]))
+    assert "width = 0.25 of 1.0" in curve.explain(tolerance=1e6)
+    assert td.Scree.from_dict(json.loads(json.dumps(curve.to_dict()))).choose(1e6) == 0.25
+
+
+def test_a_network_that_is_good_enough_without_its_layers_can_be_cut_to_that():
+    model, data = of_two_layers()
+    width = scree(model, nn.MSELoss(), data, layer="*").choose(1e6)
+    assert width == 0.0
+    small = td.prune(model, width, data[0][0])
+    with td.at_width(model, width):
+        assert_close(small(data[0][0]), model(data[0][0]))
+
+
+def test_a_width_that_was_chosen_of_some_layers_is_theirs():
+    model, data = of_two_layers()
+    width = scree(model, nn.MSELoss(), data, layer="re:b", ks=[0.5, 1.0]).choose(1e6)
+    assert td.plan_pruning(model, width, data[0][0]).k == {"b": 6}
+    random = scree(model, nn.MSELoss(), data, layer="*", features="random")
+    with pytest.raises(ValueError, match='choose from a scree with features="first"'):
+        td.prune(model, random.choose(1e6), data[0][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"layer": "x*"},
+            r"layer must fit TailDropout layers of the model, \['a', 'b'\], got 'x\*'",
+        ),
+        ({"layer": "*", "ks": [1]}, r"must be widths, floats in \(0, 1\] where 1.0 is .* got 1"),
+        ({"layer": "*", "ks": [0.0]}, r"must be in \(0, 1\], got 0.0"),
+        ({"layer": "*", "ks": []}, "at least one width, got none"),
+    ],
+)
+def test_widths_of_several_layers_are_fractions(options, message):
+    model, data = of_two_layers()
+    with pytest.raises(ValueError, match=message):
+        scree(model, nn.MSELoss(), data, **options)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.oracle import chain
+from helpers.oracle import chain, two_layers
+from torch import nn
 from torch.testing import assert_close
 
 import taildropout as td
@@ -53,3 +54,14 @@ def test_a_k_that_was_not_measured(swept):
     scree = Scree("1", [0, 6], torch.ones(2).double(), 9, torch.eye(2).double())
     with pytest.raises(ValueError, match=r"must have measured each k of the sweep, .* \[1, 3\]"):
         swept[1].table(scree)
+
+
+def test_a_sweep_over_widths_finds_the_losses_at_them():
+    model = two_layers()
+    x = torch.randn(6, 5)
+    curve = td.scree(model, nn.MSELoss(), [(x, model(x).detach())], layer="*", progress=False)
+    sweep = td.plan_pruning(model, 0.5, x).sweep([0.25, 0.5, 1.0], repeats=1)
+    assert [point.k for point in sweep.points] == [0.25, 0.5, 1.0]
+    losses = [loss for loss, _ in sweep.losses(curve)]
+    assert losses == [float(curve.loss[curve.ks.index(w)]) for w in (0.25, 0.5, 1.0)]
+    assert "0.25" in sweep.table(curve)
