@@ -114,18 +114,19 @@ def check_whole_mlp(*tensors: Tensor, modules: Sequence[nn.Module] = ()) -> None
 
 def _spans(whole: "DTensor") -> list[tuple[int, int]]:
     """Where this process's part starts along each dim, and how long it is."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import Shard
 
     spans = [(0, size) for size in whole.shape]
     coordinate = whole.device_mesh.get_coordinate()
     if coordinate is None:  # this process is not among those of the mesh, and has nothing
         return [(0, 0) for _ in spans]
     for mesh_dim, placement in enumerate(whole.placements):
-        if type(placement) is Shard:
+        kind = type(placement).__name__  # whose identity is lost in compiled code
+        if kind == "Shard" and isinstance(placement, Shard):
             start, size = spans[placement.dim]
             offset, size = _chunk(size, whole.device_mesh.size(mesh_dim), coordinate[mesh_dim])
             spans[placement.dim] = start + offset, size
-        elif type(placement) is not Replicate and type(placement) is not Partial:
+        elif kind not in ("Replicate", "Partial"):
             raise ValueError(
                 f"the placements of a DTensor must be Shard, Replicate or Partial, got {placement}: "
                 "redistribute it in front of the layer"

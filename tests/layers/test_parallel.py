@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -100,7 +101,7 @@ def check_every_k(n):
             check_call(TailDropout().eval(), same(5, n), **where)
 
 
-@pytest.mark.parametrize("n", [8, 5, 1])
+@pytest.mark.parametrize("n", [8, 5, 3])
 def test_k_counts_the_features_of_all_shards(processes, n):
     processes.run(check_every_k, n)
 
@@ -153,6 +154,9 @@ def check_other_things():
     layer = TailDropout()
     with pytest.raises(TypeError, match=r"k must be a plain tensor.*full_tensor"):
         layer.set_k(distribute_tensor(torch.arange(5), mesh(4), [S0]))
+    strided = distribute_tensor(same(4, 8), mesh(2, 2), [_StridedShard(1, split_factor=2), S1])
+    with pytest.raises(ValueError, match=r"must be Shard, Replicate or Partial.*redistribute it"):
+        layer(strided)
     layer.set_k(10)
     with pytest.raises(ValueError, match="at most the number of features n=9, got k=10"):
         layer(distribute_tensor(same(5, 9), *where))
