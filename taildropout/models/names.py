@@ -28,8 +28,8 @@ def names_of_layer(model: nn.Module, name: str) -> set[str]:
     owner, _, child = name.rpartition(".")
     names = {name, plain_name(model, name)}
     if child in inserted_children(model.get_submodule(owner)):
-        names |= {owner, plain_name(model, owner)}
-    return names - {""}
+        names |= {owner, plain_name(model, owner)} - {""}
+    return names
 
 
 def fits_pattern(pattern: Any, name: str) -> bool:

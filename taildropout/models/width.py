@@ -92,7 +92,7 @@ def widths_by_layer(model: nn.Module, widths: Widths) -> dict[str, Width]:
     elif len(layers) == 1 or _is_fraction(widths):
         given = dict.fromkeys(layers, widths)
     elif isinstance(widths, Choice) and widths.layer:
-        given = _matched(model, {widths.layer: int(widths)})
+        given = _matched(model, {widths.layer: widths})
     else:
         raise ValueError(
             f"the model has several TailDropout layers, give k as a dict: {sorted(layers)}, or one "

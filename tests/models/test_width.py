@@ -348,3 +348,18 @@ def test_a_child_that_is_called_module_keeps_its_name():
     assert plain_name(model, "module") == "module"
     assert plain_name(nn.DataParallel(model), "module.module") == "module"
     assert plain_name(TailDropout(), "") == ""
+
+
+def test_a_model_that_is_a_layer_is_named_by_the_empty_name():
+    layer, x = TailDropout(), torch.ones(1, 4)
+    with td.at_width(layer, {"": 2}):
+        assert layer(x).tolist() == [[1, 1, 0, 0]]
+    curve = td.scree(layer, nn.MSELoss(), [(x, x)], layer="", ks=[0, 4], progress=False)
+    assert (curve.layer, curve.ks) == ("", [0, 4])
+
+
+def test_a_k_of_random_features_is_refused_for_one_of_several_layers_too():
+    model = nn.Sequential(TailDropout(), nn.ReLU(), TailDropout())
+    chosen = Choice(2, "0", "random")
+    with pytest.raises(ValueError, match='choose from a scree with features="first"'):
+        td.plan_pruning(model, chosen, torch.ones(1, 4))
