@@ -151,8 +151,7 @@ class Export:
                 for symbol in guard.expr.free_symbols if _counted_by_caller(guard) else ():
                     size = environment.replace(symbol)
                     if size.is_number:
-                        source = environment.var_to_sources[symbol][0]
-                        found.append((int(source.idx), int(size)))
+                        found.append((_dim_of(environment, symbol), int(size)))
         return list(dict.fromkeys(found))
 
     @cached_property
@@ -341,6 +340,11 @@ class _UntilTied(TorchFunctionMode):
         return result
 
 
+def _dim_of(environment: Any, symbol: sympy.Symbol) -> int:
+    """Of the input whose size the symbol is."""
+    return int(environment.var_to_sources[symbol][0].idx)
+
+
 def _compared(environment: Any) -> list[Compared]:
     """By code other than torch's."""
     in_torch_2_6 = not hasattr(environment, "backed_var_to_val")
@@ -349,7 +353,7 @@ def _compared(environment: Any) -> list[Compared]:
         (
             guard.expr,
             {
-                symbol: (int(environment.var_to_sources[symbol][0].idx), int(stood_for[symbol]))
+                symbol: (_dim_of(environment, symbol), int(stood_for[symbol]))
                 for symbol in guard.expr.free_symbols
             },
         )

@@ -34,7 +34,6 @@ _ATTENTION = {
 }
 _EMBEDDINGS = {aten.embedding.default}
 
-
 Side = Literal["input", "output"]
 
 
@@ -97,9 +96,8 @@ def find_places(model: nn.Module, example_inputs: Inputs) -> tuple[list[Found], 
     probes = _Probes(model, example_inputs)
     found: list[Found] = []
     others: dict[str, str] = {}
-    apart: dict[
-        str, set[Place]
-    ] = {}  # what can't go alone, by its reader, and all that it is tied to
+    # What can't go alone, by its reader, and all that it is tied to.
+    apart: dict[str, set[Place]] = {}
     for alike in probes.classes():
         n = probes.n[alike[0]]
         if probes.cover([one for one in found if one.n <= n], alike):
@@ -446,9 +444,8 @@ def _multiple_of(probes: _Probes, names: list[str]) -> int | None:
     if stay(n // 2) == n:
         return None
     step = 1
-    if (
-        stay(n - 1) == n
-    ):  # features go in groups: where does the one that k is in end, and the next?
+    if stay(n - 1) == n:
+        # Features go in groups: where does the one that k is in end, and the next?
         end = stay(n // 2 + 1)
         step = n // 2 if end == n else math.gcd(n, stay(end + 1) - end)
     checked = (n - step, n // step // 2 * step, step)

@@ -154,8 +154,9 @@ class TailDropout(nn.Module):
                 `train()` and `eval()` clear it too.
 
         Raises:
-            ValueError: k is negative, or no multiple of `multiple_of`. (A k above the number of features, and a tensor whose
-                shape does not fit, raise in the call, where the input is known.)
+            ValueError: k is negative, or no multiple of `multiple_of`. (A k above the number of
+                features, and a tensor whose shape does not fit, raise in the call, where the
+                input is known.)
             TypeError: k is not an integer.
         """
         self._k = None if k is None else SetK.of(k, self.multiple_of)

@@ -1,5 +1,6 @@
 """Hooks that stay in a user's model: they can be pickled and copied with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +46,15 @@ class ApplyChildToInput:
 
 
 InsertedHook = ApplyChild | ApplyChildToInput
+
+
+def drop_hooks(module: nn.Module, goes: Callable[[Any], bool]) -> None:
+    """Take those of a module's forward hooks and pre-hooks out of which `goes` is true."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if goes(hook)]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+            module._forward_hooks_always_called.pop(number, None)
 
 
 def inserted_children(module: nn.Module) -> list[str]:

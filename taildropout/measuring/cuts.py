@@ -1,6 +1,6 @@
 """Which features k are, and what a layer passes of them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -103,30 +103,33 @@ class Principal:
     axes: Tensor  # (n, n): a component in each column
 
     @classmethod
-    def of(
+    def of_each(
         cls,
         model: nn.Module,
-        layer: TailDropout,
+        layers: Collection[TailDropout],
         data: Iterable[tuple[Inputs, Any]],
         device: torch.device | str | None,
-    ) -> "Principal":
-        """Of what the layer passes, over the data of all processes: each place is a sample."""
-        moments: Moments | None = None
+    ) -> "dict[TailDropout, Principal]":
+        """Of what each layer passes, over the data of all processes: each place is a sample.
 
-        def add(module: TailDropout, args: Any, output: Tensor) -> None:
-            nonlocal moments
-            features = output.movedim(module.dropout_dim, 0).flatten(1).double().cpu()
-            moments = moments or Moments(len(features))
-            moments.add(features)
+        Layers that the model never calls have none.
+        """
+        found: dict[TailDropout, Moments] = {}
 
-        with hooked({layer: add}):
+        def add(layer: TailDropout, args: Any, output: Tensor) -> None:
+            features = output.movedim(layer.dropout_dim, 0).flatten(1).double().cpu()
+            found.setdefault(layer, Moments(len(features))).add(features)
+
+        with hooked(dict.fromkeys(layers, add)):
             for batch in data:
                 call(model, to_device(pair_of(batch)[0], device))
-        _, moments = of_all_processes(None, moments)
-        if moments is None:
-            raise ValueError("data must yield at least one sample, got none")
-        axes = torch.linalg.eigh(moments.squares).eigenvectors.flip(1)
-        return cls(layer.dropout_dim, moments.mean, axes)
+        components = {}
+        for layer in layers:
+            _, moments = of_all_processes(None, found.get(layer))
+            if moments is not None:
+                axes = torch.linalg.eigh(moments.squares).eigenvectors.flip(1)
+                components[layer] = cls(layer.dropout_dim, moments.mean, axes)
+        return components
 
     def at(self, layer: TailDropout, k: int) -> AbstractContextManager[object]:
         return hooked({layer: lambda module, args, output: self.keep(output, k)})

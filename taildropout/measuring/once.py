@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..layers.hooks import ApplyChild
 from ..models.hooks import hooked, with_forwards
+from ..models.inputs import cuda_devices
 
 
 def modules_without(model: nn.Module, layers: Collection[nn.Module]) -> list[nn.Module]:
@@ -32,7 +33,7 @@ class RandomNumbers:
     """Torch's generators of the CPU and of the devices that a model is on."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+        self.devices = cuda_devices(model)
 
     def now(self) -> RandomState:
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]

@@ -26,7 +26,7 @@ from ..models.width import (
 )
 from .at_once import Losses
 from .curve import Scree
-from .cuts import Features, First, Principal, Random, check_features
+from .cuts import Cut, Features, First, Principal, Random, check_features
 from .moments import Moments, of_all_processes
 from .per_sample import Loss, per_sample
 from .vmapped import quiet
@@ -131,10 +131,9 @@ def scree(
             stack.enter_context(swept.using_width(None))
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
-        components = {
-            swept: Principal.of(model, swept, data, device)
-            for swept in (layers.values() if features == "principal" else ())
-        }
+        components: dict[TailDropout, Principal] = {}
+        if features == "principal":
+            components = Principal.of_each(model, layers.values(), data, device)
         bar = tqdm(data, desc="scree", total=total, disable=not progress)
         batches = (to_device(pair_of(batch), device) for batch in bar)
         first = next(batches, None)
@@ -147,12 +146,7 @@ def scree(
                 {swept: k_at(w, n, swept.multiple_of) for swept, n in n_of.items()} for w in chosen
             ]
             cuts = {
-                swept: components.get(swept)
-                or (
-                    Random(swept.dropout_dim, n)
-                    if features == "random"
-                    else First(swept.dropout_dim)
-                )
+                swept: components.get(swept) or _cut(features, swept, n)
                 for swept, n in n_of.items()
             }
             words = f"layers {name!r}" if together else f"layer {name!r}"
@@ -167,6 +161,10 @@ def scree(
 
 
 _WIDTHS = [i / 32 for i in range(33)]  # of several layers, by default
+
+
+def _cut(features: Features, layer: TailDropout, n: int) -> Cut:
+    return Random(layer.dropout_dim, n) if features == "random" else First(layer.dropout_dim)
 
 
 def _ks_of_one(widths: Sequence[float] | None, layer: TailDropout, n: int) -> list[int]:

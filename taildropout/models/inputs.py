@@ -35,9 +35,13 @@ def copied(inputs: Inputs) -> Any:
 def leaving_no_trace(model: nn.Module, inputs: Inputs) -> Iterator[Any]:
     """Copies of the inputs, to call the model with inside; afterwards torch's random numbers are
     as before, and no gradient is recorded."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+    with torch.random.fork_rng(devices=cuda_devices(model)), torch.no_grad():
         yield copied(inputs)
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Those whose random numbers the model draws, beside those of the CPU."""
+    return list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
 
 
 def pair_of(batch: Any) -> tuple[Inputs, Any]:

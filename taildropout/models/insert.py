@@ -7,8 +7,14 @@ from typing import Any, Literal
 from torch import nn
 
 from ..layers import TailDropout
-from ..layers.hooks import ApplyChild, ApplyChildToInput, InsertedHook, inserted_children
-from .names import fits_pattern, plain_name
+from ..layers.hooks import (
+    ApplyChild,
+    ApplyChildToInput,
+    InsertedHook,
+    drop_hooks,
+    inserted_children,
+)
+from .names import fits_pattern, names_of_layer, plain_name
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
@@ -22,6 +28,15 @@ def tail_dropouts(model: nn.Module) -> dict[str, TailDropout]:
         {'1': TailDropout(p=0.2, batch_dim=0, dropout_dim=-1)}
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, TailDropout)}
+
+
+def layers_that_fit(model: nn.Module, pattern: str) -> dict[str, TailDropout]:
+    """The layers that a pattern, or any of the names that they answer to, is meant for."""
+    return {
+        name: layer
+        for name, layer in tail_dropouts(model).items()
+        if any(fits_pattern(pattern, own) for own in names_of_layer(model, name))
+    }
 
 
 def insert(
@@ -163,12 +178,7 @@ def remove(model: nn.Module, name: str) -> TailDropout:
         raise ValueError(f"name must be that of an inserted layer, got {name!r}")
     layer = getattr(module, child)
     assert isinstance(layer, TailDropout)
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key, hook in hooks.items():
-            if isinstance(hook, InsertedHook) and hook.child == child:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                break
+    drop_hooks(module, lambda hook: isinstance(hook, InsertedHook) and hook.child == child)
     if layer.together is not None:
         layer.together.replace(layer)
         layer.together = None

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..functional.checks import as_dims
 from ..layers import TailDropout
+from ..layers.hooks import drop_hooks
 from ..layers.together import BeginsPass, EndsPass, Together
-from .insert import tail_dropouts
-from .names import fits_pattern, names_of_layer, unwrapped
+from .insert import layers_that_fit, tail_dropouts
+from .names import unwrapped
 
 Rows = Literal["adjacent", "strided"] | None
 
@@ -65,16 +66,11 @@ def draw_together(model: nn.Module, pattern: str = "*", *, rows: Rows = None) ->
     if rows not in (None, "adjacent", "strided"):
         raise ValueError(f"rows must be 'adjacent', 'strided' or None, got {rows!r}")
     model = unwrapped(model)
-    everywhere = tail_dropouts(model)
-    layers = {
-        name: layer
-        for name, layer in everywhere.items()
-        if any(fits_pattern(pattern, n) for n in _names(model, name))
-    }
+    layers = layers_that_fit(model, pattern)
     if not layers:
         raise ValueError(
-            f"pattern must match TailDropout layers of the model, {sorted(everywhere)}, and none "
-            f"fits {pattern!r}"
+            "pattern must match TailDropout layers of the model, "
+            f"{sorted(tail_dropouts(model))}, and none fits {pattern!r}"
         )
     dims = {name: as_dims(layer.batch_dim) for name, layer in layers.items()}
     if len(set(map(len, dims.values()))) > 1:
@@ -83,10 +79,6 @@ def draw_together(model: nn.Module, pattern: str = "*", *, rows: Rows = None) ->
             f"or all one per call, got batch_dim={dims}"
         )
     return DrawnTogether(model, layers, rows)
-
-
-def _names(model: nn.Module, name: str) -> set[str]:
-    return names_of_layer(model, name) if name else {""}
 
 
 class DrawnTogether:
@@ -169,9 +161,7 @@ def _modules_above(model: nn.Module, layers: set[TailDropout]) -> Iterator[nn.Mo
 
 def _drop_hooks(model: nn.Module, together: Together) -> None:
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number, hook in list(hooks.items()):
-                if isinstance(hook, BeginsPass | EndsPass) and hook.together is together:
-                    del hooks[number]
-                    module._forward_pre_hooks_with_kwargs.pop(number, None)
-                    module._forward_hooks_always_called.pop(number, None)
+        drop_hooks(
+            module,
+            lambda hook: isinstance(hook, BeginsPass | EndsPass) and hook.together is together,
+        )

@@ -14,8 +14,8 @@ from ..layers import TailDropout
 from ..layers.fitted import FittedTailDropout
 from ..layers.settings import k_of_width
 from .hooks import hooked
-from .inputs import Inputs, call
-from .insert import tail_dropouts
+from .inputs import Inputs, call, cuda_devices
+from .insert import layers_that_fit, tail_dropouts
 from .names import fits_pattern, names_of_layer, plain_name
 
 Width = int | float
@@ -241,8 +241,7 @@ def at_width(model: nn.Module, widths: Widths) -> Iterator[nn.Module]:
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """In eval mode, at the ks that are set; afterwards modes, ks and random numbers as before."""
     training = {module: module.training for module in model.modules()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), ExitStack() as stack:
+    with torch.random.fork_rng(devices=cuda_devices(model)), ExitStack() as stack:
         for layer in tail_dropouts(model).values():
             if layer.k is not None:
                 stack.enter_context(layer.using_k(layer.k))
@@ -273,15 +272,11 @@ def find_layer(model: nn.Module, name: str | None) -> tuple[str, TailDropout]:
 
 def matched_layers(model: nn.Module, pattern: str) -> dict[str, TailDropout]:
     """The layers whose names a pattern fits."""
-    layers = tail_dropouts(model)
-    found = {
-        name: layer
-        for name, layer in layers.items()
-        if any(fits_pattern(pattern, own) for own in names_of_layer(model, name))
-    }
+    found = layers_that_fit(model, pattern)
     if not found:
         raise ValueError(
-            f"layer must fit TailDropout layers of the model, {sorted(layers)}, got {pattern!r}"
+            "layer must fit TailDropout layers of the model, "
+            f"{sorted(tail_dropouts(model))}, got {pattern!r}"
         )
     return found
 

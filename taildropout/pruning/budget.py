@@ -101,7 +101,8 @@ def choose_widths(
     if iter(data) is data:
         raise ValueError("data is gone through many times: pass a list or DataLoader, no generator")
     smallest = plan_pruning(model, _ANY, example_inputs, multiple_of=multiple_of)
-    layers = {name: tail_dropouts(model)[name] for name in smallest.k}  # those that are called
+    layers = {name: m for name, m in tail_dropouts(model).items() if name in smallest.k}
+    first = next(iter(layers))
 
     def cost_at(widths: dict[str, int]) -> int:
         return int(getattr(smallest.at(widths, check=False).after, of))
@@ -126,7 +127,7 @@ def choose_widths(
                 for other, layer in layers.items():
                     stack.enter_context(layer.using_k(None if other == name else widths[other]))
                 curve = scree(model, loss, data, layer=name, ks=ks, progress=progress)
-            if name == next(iter(layers)):
+            if name == first:
                 path.append(WidthStep(widths, cost, float(curve.loss[-1]), float(curve.stderr[-1])))
                 if cost <= limit:
                     return WidthPath(of, path)

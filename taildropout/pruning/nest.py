@@ -234,11 +234,12 @@ def nest(
             "the model must have a place where a width can be chosen, and has none"
             + "".join(f"\n{line}" for line in _in_words(listed.others))
         )
-    before = set(tail_dropouts(model))
-    for one in found:
-        for _ in _insert(model, one.positions, one.multiple_of, lengths=lengths):
-            pass
-    layers = {name: own for name, own in tail_dropouts(model).items() if name not in before}
+    inserted = {
+        layer
+        for one in found
+        for layer in _insert(model, one.positions, one.multiple_of, lengths=lengths)
+    }
+    layers = {name: layer for name, layer in tail_dropouts(model).items() if layer in inserted}
     one_row = all(position.one_row for one in found for position in one.positions)
     own_names = "|".join(map(re.escape, layers))
     draws = draw_together(model, f"re:{own_names}", rows=None if one_row else "adjacent")
@@ -269,10 +270,12 @@ def _what_stays(model: nn.Module, found: list[Found], example_inputs: Inputs) ->
     if not found:
         return {}
     copied = structural_copy(model)
-    owner: dict[str, Found] = {}
-    for one in found:
-        for layer in _insert(copied, one.positions, one.multiple_of):
-            owner |= {name: one for name, own in tail_dropouts(copied).items() if own is layer}
+    place_of = {
+        layer: one for one in found for layer in _insert(copied, one.positions, one.multiple_of)
+    }
+    owner = {
+        name: place_of[layer] for name, layer in tail_dropouts(copied).items() if layer in place_of
+    }
     ks = {name: one.multiple_of * (one.groups // 2) for name, one in owner.items()}
     findings, _ = cut_as_predicted(copied, ks, Reading(copied, example_inputs))
     stays: dict[Found, str] = {}

@@ -307,9 +307,9 @@ def plan_pruning(
 
     Raises:
         PruningError: the model is sharded over processes, can't be exported, does not call a
-            layer, or does not run after it was cut (a size is written in its code); with `outputs`, the model does not return
-            features of a layer, or they can't be cut to k, since more than the first k of them
-            are not zero or are needed.
+            layer, or does not run after it was cut (a size is written in its code); with
+            `outputs`, the model does not return features of a layer, or they can't be cut to k,
+            since more than the first k of them are not zero or are needed.
         ValueError: no layer, no k, an unknown layer name, k outside 0, ..., n, or multiple_of
             below 1.
         TypeError: k or multiple_of is not an integer.
