@@ -12,11 +12,12 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DATA ?= digits
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-for-dev
+READY_FOR_DEMO := $(VENV)/.ready-for-demo
 
 .PHONY: demo quick test long bench lint types site figures clean
 
-demo: $(READY)
+demo: $(READY_FOR_DEMO)
 	$(BIN)/taildropout demo --data $(DATA)
 
 quick: lint types
@@ -51,9 +52,10 @@ bench: $(READY)
 figures: $(READY)
 	$(BIN)/python -m docs.figures
 
-$(READY): pyproject.toml $(CONSTRAINTS)
+# What the tests need of other packages takes minutes to install, and the demo does without.
+$(READY) $(READY_FOR_DEMO): $(VENV)/.ready-for-%: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$*]"
 	touch $@
 
 clean:
