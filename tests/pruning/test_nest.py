@@ -192,6 +192,26 @@ def test_places_print_as_a_table():
     ]
 
 
+def test_a_model_that_is_nested_already_says_so():
+    model = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(4, 4), nn.ReLU())))
+    nested = td.nest(model, torch.zeros(2, 4))
+    words = (
+        r"is nested already, by the layers '2.tail_dropout', '4.tail_dropout', '6.tail_dropout' and "
+        r"1 more, which .* take these out first: call remove\(\) .* or td.remove\(model, name\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        td.nest(model, torch.zeros(2, 4))
+    nested.remove()
+    assert len(td.nest(model, torch.zeros(2, 4)).layers) == 4
+
+
+def test_layers_by_hand_at_all_places_are_named():
+    model = nn.Sequential(nn.Linear(4, 6), TailDropout(), nn.Linear(6, 3))
+    words = r"its own layers '1' choose the widths already: call td.draw_together\(model\)"
+    with pytest.raises(ValueError, match=words):
+        td.nest(model, torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("width", [0, 1.5, -0.1])
 def test_the_smallest_width_is_a_fraction(width):
     with pytest.raises(ValueError, match="min_width must be a fraction"):
