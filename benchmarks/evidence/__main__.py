@@ -38,6 +38,11 @@ INTRODUCTION = """\
 What the method does, measured against controls, where it helps and where it loses. This page is
 written by `python -m benchmarks.evidence` (all of it in about half an hour on two cores); the
 command under each table repeats that table alone, `--quick` prints a small version of it.
+
+Since 24 November 2026 a run prints, beside each curve over k, two controls of the same trained
+network: k random features, and the first k principal components of its features
+([`features=`](how-to.md#is-the-order-worth-something-controls) of `td.scree`). Sections of an
+earlier date do not have them yet.
 """
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, mse_loss
 
-from taildropout import TailDropout
+from taildropout import TailDropout, scree
 from taildropout.functional import expected_mse
 from taildropout.lengths import Exponential, Lengths, Sizes, Uniform
+from taildropout.measuring.cuts import Features
 
 BATCH = 256
 NO_DROPOUT = "control: no dropout"
@@ -58,23 +59,45 @@ class Optimum:
         noise = (self.targets - self.fitted).square().sum()
         self.errors = (noise + unexplained).tolist()  # of rank 1, 2, ...
 
-    def excess(self, encoder: Tensor, decoder: Tensor) -> list[float]:
-        """How much more squared error each prefix makes, as a fraction of the optimum's."""
-        codes, decoder = self.inputs @ encoder.double().T, decoder.double()
-        result = []
-        for k, best in zip(range(1, len(encoder) + 1), self.errors, strict=False):
-            error = (self.targets - codes[:, :k] @ decoder[:, :k].T).square().sum()
-            result.append(float(error) / best - 1)
-        return result
+    def excess(self, encoder: Tensor, decoder: Tensor, features: Features = "first") -> list[float]:
+        """How much more squared error k features make, as a fraction of the optimum's."""
+        errors = self._errors(encoder, decoder, self.targets, None, features)
+        return [error / best - 1 for error, best in zip(errors, self.errors, strict=False)]
 
-    def distances(self, encoder: Tensor, decoder: Tensor) -> list[float]:
-        """|Y_b - Y_b*| / |Y_b*| of the fitted values of each prefix and of the optimum."""
-        codes, decoder = self.inputs @ encoder.double().T, decoder.double()
+    def distances(
+        self, encoder: Tensor, decoder: Tensor, features: Features = "first"
+    ) -> list[float]:
+        """|Y_b - Y_b*| / |Y_b*| of the fitted values of b features and of the optimum."""
         result = []
         for k in range(1, len(encoder) + 1):
             best = self.fitted @ self.axes[:, :k] @ self.axes[:, :k].T
-            result.append(float((codes[:, :k] @ decoder[:, :k].T - best).norm() / best.norm()))
+            (error,) = self._errors(encoder, decoder, best, k, features)
+            result.append(float(error**0.5 / best.norm()))
         return result
+
+    def _errors(
+        self, encoder: Tensor, decoder: Tensor, targets: Tensor, k: int | None, features: Features
+    ) -> list[float]:
+        """The squared error of k features over all samples; None: of each number of them.
+
+        Each sample enters with both signs, so that condensed pairs have the mean zero too, which
+        the principal components are taken from.
+        """
+        network = nn.Sequential(
+            nn.utils.skip_init(nn.Linear, *encoder.T.shape, bias=False, dtype=torch.float64),
+            TailDropout(),
+            nn.utils.skip_init(nn.Linear, *decoder.T.shape, bias=False, dtype=torch.float64),
+        )
+        network.load_state_dict({"0.weight": encoder, "2.weight": decoder})
+        measured = scree(
+            network,
+            lambda output, target: (output - target).square().sum(1),
+            [(torch.cat([self.inputs, -self.inputs]), torch.cat([targets, -targets]))],
+            ks=range(1, len(encoder) + 1) if k is None else [k],
+            features=features,
+            progress=False,
+        )
+        return (measured.loss * len(self.inputs)).tolist()
 
     def axis_error(self, decoder: Tensor) -> float:
         """The mean over features of 1 - cos^2 of the angle to the axis of the same number."""

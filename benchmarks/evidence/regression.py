@@ -1,9 +1,11 @@
 """The best approximations of every rank, from one two-layer linear network."""
 
+import statistics
+
 import torch
 
 from .linear import Optimum, Pairs, methods, train
-from .report import Numbers, Settings, median, power, table
+from .report import CONTROLS, Numbers, Settings, median, power, table
 
 TITLE = "Best approximations of every rank"
 SEEDS = 3
@@ -17,7 +19,10 @@ features between, trained as above ({{steps:,}} steps, batches of 256 where samp
 the closed form, reduced-rank regression: the least-squares fit projected on the first b right
 singular vectors of its fitted values, the best map of rank b on these pairs. A column is
 ‖Ŷ_b - Ŷ*_b‖ / ‖Ŷ*_b‖, the distance of the fitted values of the first b features from the closed
-form's, median over the seeds (each with its own B and pairs)."""
+form's, median over the seeds (each with its own B and pairs). The last two columns are controls of
+the same network (`td.scree` with `features="random"` and `"principal"`): the largest distance at
+b < {WIDTH} of as many random features instead of the first, and of the projection of its features
+on their first b principal components."""
 
 SHOWN = """\
 Distances are of the maps, not of the losses: a distance of 0.01 is 0.0001 of the explained sum of
@@ -27,14 +32,16 @@ compared on the pairs that both were fitted to."""
 
 
 def measure(settings: Settings, seeds: list[int]) -> Numbers:
-    """Method -> distances, one list by b for each seed."""
+    """Method -> "first", "random", "principal": distances, one list by b for each seed."""
     numbers: Numbers = {}
     for seed in seeds:
         data = pairs(seed)
         optimum = Optimum(data)
         for name, method in methods(WIDTH, PS, PS).items():
             weights = train(data, method, WIDTH, steps(settings), seed)
-            numbers.setdefault(name, []).append(optimum.distances(*weights))
+            of_method = numbers.setdefault(name, {"first": [], **{f: [] for f in CONTROLS}})
+            for features, distances in of_method.items():
+                distances.append(optimum.distances(*weights, features))
     return numbers
 
 
@@ -43,8 +50,13 @@ def steps(settings: Settings) -> int:
 
 
 def text(numbers: Numbers, settings: Settings) -> str:
-    rows = [[name, *map(power, median(runs))] for name, runs in numbers.items()]
+    rows = []
+    for name, run in numbers.items():
+        cells = median(run["first"])
+        cells += [statistics.median(max(by_b[:-1]) for by_b in run[f]) for f in CONTROLS]
+        rows.append([name, *map(power, cells)])
     head = ["k from", *[f"b = {b}" for b in range(1, WIDTH + 1)]]
+    head += [f"largest, {words}" for words in CONTROLS.values()]
     return "\n\n".join([DONE.format(steps=steps(settings)), table(head, rows), SHOWN])
 
 

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from taildropout.measuring.cuts import Features
+
 Numbers = dict[str, Any]  # as they go to JSON
+
+# What `td.scree` keeps of a network whose curve is printed, to see what its order is worth.
+CONTROLS: dict[Features, str] = {"random": "random features", "principal": "principal components"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 import taildropout as td
 
 from .images import Labelled, fashion_mnist
-from .report import Numbers, Settings, mean_text, table
+from .report import CONTROLS, Numbers, Settings, mean_text, table
 
 TITLE = "Regularisation with little data"
 SEEDS = 10
@@ -27,7 +27,9 @@ accuracy against no dropout, paired by seed.
 
 *Chosen k* is the k with the smallest cross-entropy on the other {IMAGES:,} images. The control for
 it is the same choice for the network without dropout and for `nn.Dropout`, whose features have no
-order."""
+order. The last two columns are controls of each network itself (`td.scree` with
+`features="random"` and `"principal"`): the test cross-entropy of as many random features instead of
+the first, and of the projection on as many principal components."""
 
 
 def measure(settings: Settings, seeds: list[int]) -> Numbers:
@@ -71,6 +73,17 @@ def run(data: Labelled, layer: nn.Module, epochs: int, seed: int) -> dict[str, f
         ordered.eval()
         ordered[4].set_k(chosen)
         cut = ordered(data.test)
+    of_k = {
+        features: td.scree(
+            ordered,
+            nn.CrossEntropyLoss(),
+            [(data.test, data.test_labels)],
+            ks=[chosen],
+            features=features,
+            progress=False,
+        )
+        for features in CONTROLS
+    }
     accuracy, loss = scores(full, data.test_labels)
     accuracy_at_k, loss_at_k = scores(cut, data.test_labels)
     return {
@@ -80,6 +93,7 @@ def run(data: Labelled, layer: nn.Module, epochs: int, seed: int) -> dict[str, f
         "chosen_k": chosen,
         "accuracy_at_k": accuracy_at_k,
         "loss_at_k": loss_at_k,
+        **{f"loss_at_k_{features}": float(control.loss) for features, control in of_k.items()},
     }
 
 
@@ -120,10 +134,11 @@ def text(numbers: Numbers, settings: Settings) -> str:
                 f"{statistics.median(values['chosen_k']):g}",
                 mean_text(values["accuracy_at_k"], 2),
                 mean_text(values["loss_at_k"], 3),
+                *[mean_text(values[f"loss_at_k_{features}"], 3) for features in CONTROLS],
             ]
         )
     head = ["", "accuracy, %", "difference", "cross-entropy", "chosen k (median)"]
-    head += ["accuracy at that k, %", "cross-entropy at that k"]
+    head += ["accuracy at that k, %", "cross-entropy at that k", *CONTROLS.values()]
     return "\n\n".join([DONE.format(epochs=epochs(settings)), table(head, rows), SHOWN])
 
 

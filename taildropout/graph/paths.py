@@ -15,9 +15,9 @@ import sympy
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.copies import PruningError, first_line
+from ..models.copies import PruningError, first_line, with_own_buffers
 from ..models.fakes import on_fakes
-from ..models.inputs import Inputs, as_arguments, call, tensors_of
+from ..models.inputs import Inputs, as_arguments, call, leaving_no_trace, tensors_of
 from .exports import Compared, Comparison, Export, Knows, Tied, export, of_shapes, shape, traceable
 
 # As many paths are read, at most.
@@ -118,9 +118,24 @@ def _export_of_example(
             return found, compared + found.compared
         return export(traced, example_inputs, [set() for _ in symbols], knows), compared
     except Exception as error:
+        _check_that_it_runs(traced, example_inputs)
         raise PruningError(
             "the model must be exportable by torch.export, which reads its dataflow, but "
             f"exporting it failed: {first_line(error)}"
+        ) from error
+
+
+def _check_that_it_runs(traced: nn.Module, inputs: Inputs) -> None:
+    """An export that fails speaks of symbols; a plain call of the sizes that there are."""
+    model = with_own_buffers(traced)
+    try:
+        with leaving_no_trace(model, inputs) as own_inputs:
+            call(model, own_inputs)
+    except Exception as error:
+        sizes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(as_arguments(inputs)))
+        raise PruningError(
+            f"the model must run on its example inputs, but with those of {sizes} it raised "
+            f"{first_line(error)}: pass inputs as the model takes them, a tensor, a tuple or a dict"
         ) from error
 
 

@@ -117,11 +117,25 @@ def find_places(model: nn.Module, example_inputs: Inputs) -> tuple[list[Found], 
             chosen.append(one)
     order = {name: i for i, name in enumerate(probes.positions)}
     chosen.sort(key=lambda one: order[probes.name_of(one.positions[0])])
-    return chosen, {
+    nowhere = {
         str(probes.positions[name]): reason
         for name, reason in sorted(others.items(), key=lambda item: order[item[0]])
         if not probes.cover(chosen, [name])
     }
+    for name in probes.never_called():
+        nowhere[f"input of {name}"] = _why_never_called(model, name)
+    return chosen, nowhere
+
+
+def _why_never_called(model: nn.Module, name: str) -> str:
+    owner = type(model.get_submodule(name.rpartition(".")[0]))
+    reason = (
+        f"{owner.__name__} computes it as a function, and a layer can only stand where a module is "
+        "called"
+    )
+    if issubclass(owner, nn.MultiheadAttention):
+        reason += ": write the attention with Linear modules for its heads to be a place"
+    return reason
 
 
 def _together(probes: "_Probes", apart: Mapping[str, set[Place]]) -> Iterator[list[str]]:
@@ -180,6 +194,17 @@ class _Probes:
 
     def name_of(self, position: Position) -> str:
         return self._names[position]
+
+    def never_called(self) -> Iterator[str]:
+        """Modules whose parameters are used, and by no call of a module."""
+        called = {self.standing[probe][0] for probe in self.calls if probe in self.standing}
+        owners: list[str] = []
+        for node, names in self.flow.names.items():
+            some = [name.rpartition(".")[0] for name in names]
+            if self.flow.users[node] and called.isdisjoint(some):
+                owners += some
+        modules = dict.fromkeys(module for module, _ in self.standing.values())
+        yield from (module for module in modules if module and module in owners)
 
     def places(self, names: Iterable[str]) -> list[Place]:
         """What they hand on."""

@@ -210,7 +210,13 @@ class TailDropout(nn.Module):
         finally:
             self._k, self._width = before
 
+    def set_nothing(self) -> None:
+        """No k, and no width: for a copy that was made while one was in force."""
+        self._k = self._width = None
+
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return self._forward_nested(input)
         if self.device_mesh is not None and not is_sharded(input):
             return self._forward_part(input, self.device_mesh)
         k = self.k_for(input)
@@ -268,6 +274,24 @@ class TailDropout(nn.Module):
         """The lengths of n features, where `lengths` are those of their groups."""
         check_groups(n, self.multiple_of)
         return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
+
+    def _forward_nested(self, input: Tensor) -> Tensor:
+        """Of samples of several lengths, as `nn.TransformerEncoder` makes of a padding mask."""
+        samples = input.unbind()
+        dim = resolve_dim(input, self.dropout_dim, "dropout_dim")
+        if as_dims(self.batch_dim) != (0,) or dim != input.dim() - 1:
+            raise ValueError(
+                "samples in a nested tensor lie along its first dim and features along its last, "
+                f"got batch_dim={self.batch_dim} and dropout_dim={self.dropout_dim}: pass a padded "
+                "tensor"
+            )
+        like = torch.empty(len(samples), samples[0].shape[-1] if samples else 0)
+        k = self.k_for(like.to(input.device, input.dtype))
+        if k is None:
+            return input
+        ks = [k] * len(samples) if isinstance(k, int) else k.flatten()
+        kept = [zero_tail(x, one, -1, False) for x, one in zip(samples, ks, strict=True)]
+        return torch.nested.as_nested_tensor(kept, layout=input.layout) if kept else input
 
     def _forward_part(self, input: Tensor, mesh: "DeviceMesh") -> Tensor:
         """Of a plain tensor, this process's shard of the features."""

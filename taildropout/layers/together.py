@@ -47,6 +47,7 @@ class Together:
         self.now: Pass | None = None
         self.drawn: Draw | None = None  # of the last pass
         self._calls = Calls()
+        self.hidden = False  # whether a pass returned no tensor that could be found
         self._again: tuple[Any, Draw] | None = None
         self._placed: tuple[Any, Draw] | None = None
 
@@ -153,8 +154,10 @@ class Together:
 
     def _reopen_in_backward(self, now: Pass, output: Any) -> None:
         """Have the pass open when backward reaches it: compiled code can look nothing up."""
-        if torch.is_grad_enabled():
-            for node in {tensor.grad_fn for tensor in _tensors_of(output)}:
+        if torch.is_grad_enabled() and output is not None:
+            tensors = list(_tensors_of(output))
+            self.hidden = self.hidden or not tensors
+            for node in {tensor.grad_fn for tensor in tensors}:
                 if node is not None:
                     node.register_prehook(_Reopen(self, now))
 
@@ -180,7 +183,7 @@ class Together:
         now = self.now
         if torch.compiler.is_compiling():
             if now is None:
-                return draw_uniforms(count, device=device)
+                return _draw_of_seed(_draw_seed(), count).to(device)
             if now.draw is None:
                 now.draw = _draw_of_seed(now.seed, count)
             return self._place(now.draw, count, device)
@@ -267,9 +270,25 @@ def _draw_of_seed(seed: Tensor, samples: int) -> Draw:
     return draw_uniforms(samples, generator=generator)
 
 
+# Of passes in compiled code: what backward computes again has the seed of one of them. Another
+# seed in backward is of a call that in the forward pass was a part of a pass outside.
+_compiled_seeds = Calls()
+_LOST_PASS = (
+    "compiled layers that are drawn together, in a checkpoint that is not compiled, must be computed "
+    "in backward in the pass that they were in, and it was not found from what the model returned: "
+    "return the tensors themselves, or in containers and plain objects; or compile the model as a "
+    "whole, with its checkpoints; or use no checkpoint"
+)
+
+
 @torch.library.custom_op("taildropout::uniforms_of_seed", mutates_args=())
 def _uniforms_of_seed(seed: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """A function of the seed, which the compiler may run again, or leave out."""
+    if in_backward():
+        if _compiled_seeds.find(int(seed)) is None:
+            raise RuntimeError(_LOST_PASS)
+    else:
+        _compiled_seeds.keep(True, int(seed))
     draw = _draw_of_seed(seed, samples)
     assert draw.rank is not None
     return draw.uniforms, draw.rank
@@ -310,6 +329,8 @@ class _Reopen:
         self.together, self.closed = together, closed
 
     def __call__(self, *grads: Any) -> None:
+        if self.together.hidden:
+            return  # what is computed again may be of the other pass: compiled code would not notice
         self.together.now = self.closed
         torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
 
@@ -319,7 +340,25 @@ class _Reopen:
 
 
 def _tensors_of(output: Any) -> Iterator[Tensor]:
-    """In an output, and in the attributes of objects in it."""
-    for leaf in tree_leaves(output):
-        values = (leaf,) if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
-        yield from (value for value in values if isinstance(value, Tensor))
+    """In an output, and in the attributes of objects in it, however deep."""
+    rest, seen = [output], set[int]()
+    while rest and len(seen) < _MOST_OBJECTS:
+        for leaf in tree_leaves(rest.pop()):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type):
+                seen.add(id(leaf))
+                rest.extend(_attributes_of(leaf))
+
+
+_MOST_OBJECTS = 10_000  # looked into: one may hold the whole data set
+
+
+def _attributes_of(value: Any) -> Iterator[Any]:
+    yield from getattr(value, "__dict__", {}).values()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            yield getattr(value, name, None)
+    if isinstance(value, Mapping):  # of a class that torch does not know
+        yield from value.values()

@@ -1,6 +1,6 @@
 """The measurement: loss as a function of k."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,9 @@ class Scree:
     def choose(self, tolerance: float = 0.01, confidence: float = 0.95) -> Any:
         """The smallest k that surely loses at most a tolerance against the largest measured k.
 
-        It is an int that carries the name of the layer (of several layers a float, the width); of random features or principal components
-        it is no k to prune to, which is refused. See `taildropout.measuring.choose.choose`.
+        It is an int that carries the name of the layer (of several layers a float, the width); of
+        random features or principal components it is no k to prune to, which is refused. See
+        `taildropout.measuring.choose.choose`.
         """
         return choose.choose(self, tolerance, confidence)
 
@@ -109,8 +110,17 @@ class Scree:
         columns = {"loss": self.loss.tolist(), "stderr": self.stderr.tolist()}
         return pd.DataFrame(columns, index=pd.Index(self.ks, name="k"))
 
-    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Loss against k with its standard error. Needs matplotlib. See `taildropout.showing.plot`."""
+    def plot(
+        self, ax: "Axes | None" = None, *, controls: Sequence["Scree"] = ()
+    ) -> "tuple[Figure, Axes]":
+        """Loss against k with its standard error, and of controls. Needs matplotlib.
+
+        See `taildropout.showing.plot`.
+
+        Args:
+            ax: where to draw; None: into a new figure, which pyplot does not manage.
+            controls: the same network measured with `features="random"` or "principal".
+        """
         from ..showing.plot import plot_scree
 
-        return plot_scree(self, ax=ax)
+        return plot_scree(self, controls=controls, ax=ax)

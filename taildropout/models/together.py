@@ -51,7 +51,8 @@ def draw_together(model: nn.Module, pattern: str = "*", *, rows: Rows = None) ->
         ValueError: no layer of such a name, unknown rows, layers some of which draw for each
             sample and others for each token; in a call, a layer with other rows than samples.
         RuntimeError: in a call, in training inside `nn.DataParallel`; in backward, a layer that a
-            checkpoint computes again without the random state of the forward pass.
+            checkpoint computes again without the random state of the forward pass, or that is
+            compiled inside one while the model hides its tensors, as in a closure.
 
     Example:
         >>> import torch

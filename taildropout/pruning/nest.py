@@ -85,7 +85,7 @@ class Places(Sequence[Place]):
 
 
 def _and_others(count: int) -> str:
-    return f" and {count} more" if count else ""
+    return f" and {count} more" if count > 0 else ""
 
 
 def _in_words(others: dict[str, str]) -> Iterator[str]:
@@ -206,7 +206,8 @@ def nest(
 
     Raises:
         PruningError: the model can't be exported.
-        ValueError: there is no place, and why; `min_width` outside (0, 1], `multiple_of` below 1.
+        ValueError: there is no place, and why: the model is nested already, say; `min_width`
+            outside (0, 1], `multiple_of` below 1.
         TypeError: `multiple_of` is not an int, or the lengths have no pmf.
 
     Example:
@@ -230,10 +231,7 @@ def nest(
     coarser = (replace(one, multiple_of=_common(one, multiple_of)) for one in listed)
     found = tuple(one for one in coarser if one.multiple_of < one.n)
     if not found:
-        raise ValueError(
-            "the model must have a place where a width can be chosen, and has none"
-            + "".join(f"\n{line}" for line in _in_words(listed.others))
-        )
+        raise ValueError("\n".join([_no_place(model, listed), *_in_words(listed.others)]))
     inserted = {
         layer
         for one in found
@@ -244,6 +242,29 @@ def nest(
     own_names = "|".join(map(re.escape, layers))
     draws = draw_together(model, f"re:{own_names}", rows=None if one_row else "adjacent")
     return Nested(layers, Places(found, listed.others), draws, model)
+
+
+def _no_place(model: nn.Module, listed: Places) -> str:
+    """What is missing, and what to do where layers stand at the places already."""
+    words = "the model must have a place where a width can be chosen, and has none"
+    choosing = {
+        name: layer
+        for name, layer in tail_dropouts(model).items()
+        if any(f"layer {name!r} " in reason for reason in listed.others.values())
+    }
+    if not choosing:
+        return words
+    names = f"{', '.join(map(repr, list(choosing)[:3]))}{_and_others(len(choosing) - 3)}"
+    if all(layer.together is not None for layer in choosing.values()):
+        return (
+            f"{words} left: it is nested already, by the layers {names}, which at_width, scree and "
+            "prune know. To nest it anew, take these out first: call remove() of what nest "
+            "returned, or td.remove(model, name) for each"
+        )
+    return (
+        f"{words} left, for its own layers {names} choose the widths already: call "
+        "td.draw_together(model) to have them share one, or take them out first"
+    )
 
 
 def _common(place: Place, multiple_of: int) -> int:

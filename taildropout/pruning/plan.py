@@ -117,8 +117,6 @@ class PrunePlan:
         if not self.checked:
             return self.at(self.k).apply(model, dtype=dtype)
         small = self._cut_copy(model)
-        for layer in tail_dropouts(small).values():
-            layer.set_k(None)
         few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
         if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
             dtype = torch.float64
@@ -255,6 +253,8 @@ class PrunePlan:
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         small = copy_that_shares(model, [tensors[cut.name] for cut in self.cuts])
         operate(small, self.cuts, self.folds, self.fits, self.rescales)
+        for layer in tail_dropouts(small).values():
+            layer.set_nothing()
         return small
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Pictures. Every function takes `ax`, returns `(fig, ax)` and measures nothing."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..lengths import Exponential, Lengths
+from ..models.names import is_pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,66 +22,78 @@ KEPT = "tab:blue"
 DROPPED = "0.9"
 CHOSEN = "tab:red"
 REFERENCE = "0.6"
+CONTROL = "0.4"
 
-# Of `Scree.features`: what k counts, and the name of the curve.
+# Of `Scree.features`: what k counts, the name of the curve, and how a control is drawn.
 _KEPT = {
-    "first": ("features", None),
-    "random": ("features", "random features"),
-    "principal": ("principal components", "principal components"),
+    "first": ("features", "first features", "-"),
+    "random": ("features", "random features", ":"),
+    "principal": ("principal components", "principal components", "-."),
 }
 
 
 def plot_scree(
     scree: "Scree",
     *,
-    chosen: int | None = None,
+    controls: Sequence["Scree"] = (),
+    chosen: float | None = None,
     tolerance: float | None = None,
     label: str | None = None,
     ax: "Axes | None" = None,
 ) -> "tuple[Figure, Axes]":
-    """The loss against k, with a band of one standard error to either side.
+    """The loss against k, or the width, with a band of one standard error to either side.
 
     Args:
         scree: the measurement. Several can be drawn into one `ax`, each with its `label`.
-        chosen: a k to mark.
+        controls: the same network measured with other `features`, drawn behind, in grey: what k
+            random ones are worth, and what the first k principal components are.
+        chosen: a k, or width, to mark.
         tolerance: draws the line of the full width's loss plus this fraction of it.
-        label: name of the curve in the legend. None: which features, if not the first.
+        label: name of the curve in the legend. None: which features, where there are controls, or
+            where they are not the first.
         ax: where to draw; None: into a new figure, which pyplot does not manage.
 
     Raises:
-        ValueError: `chosen` was not measured.
+        ValueError: `chosen` was not measured; a control is of another layer, or of the same
+            features.
         ImportError: matplotlib is missing.
 
     Example:
         >>> import taildropout as td
-        >>> scree = td.Scree("1", [0, 1, 2], torch.tensor([3.0, 1.0, 0.9]), 100, torch.eye(3))
-        >>> fig, ax = plot_scree(scree, chosen=1, tolerance=0.2, label="mine")
+        >>> ks, cov = [0, 1, 2], torch.eye(3)
+        >>> scree = td.Scree("1", ks, torch.tensor([3.0, 1.0, 0.9]), 100, cov)
+        >>> random = td.Scree("1", ks, torch.tensor([3.0, 2.2, 0.9]), 100, cov, "random")
+        >>> fig, ax = plot_scree(scree, controls=[random], chosen=1, tolerance=0.2)
     """
     if chosen is not None and chosen not in scree.ks:
         raise ValueError(f"chosen must be one of the measured ks, got {chosen}, not in {scree.ks}")
+    _check_controls(scree, controls)
     fig, ax = _figure(ax)
-    loss, stderr = scree.loss, scree.stderr.nan_to_num(nan=0.0)
-    kept, name = _KEPT[scree.features]
-    (line,) = ax.plot(scree.ks, loss.tolist(), marker=".", label=name if label is None else label)
-    ax.fill_between(
-        scree.ks,
-        (loss - stderr).tolist(),
-        (loss + stderr).tolist(),
-        color=line.get_color(),
-        alpha=0.25,
-        linewidth=0,
-    )
+    kept, name, _ = _KEPT[scree.features]
+    of_layers = is_pattern(scree.layer)
+    size = "width" if of_layers else "k"
+    if label is None and (controls or scree.features != "first"):
+        label = name
+    (line,) = ax.plot(scree.ks, scree.loss.tolist(), marker=".", label=label)
+    _band(ax, scree, line.get_color())
+    for control in controls:
+        _, name, style = _KEPT[control.features]
+        ax.plot(
+            control.ks, control.loss.tolist(), color=CONTROL, linestyle=style, label=name, zorder=1
+        )
+        _band(ax, control, CONTROL)
     if tolerance is not None:
-        limit = float(loss[-1] + tolerance * loss[-1].abs())
+        full = float(scree.loss[-1])
+        limit = full + tolerance * abs(full)
         ax.axhline(
             limit,
             color=REFERENCE,
             linewidth=1,
             linestyle="--",
-            label=f"{100 * tolerance:.4g}% above k = {scree.ks[-1]}",
+            label=f"{100 * tolerance:.4g}% above {size} = {scree.ks[-1]:g}",
         )
     if chosen is not None:
-        height = float(loss[scree.ks.index(chosen)])
+        height = float(scree.loss[scree.ks.index(chosen)])
         ax.plot(
             [chosen],
             [height],
@@ -88,11 +101,12 @@ def plot_scree(
             markersize=9,
             color=CHOSEN,
             linestyle="none",
-            label=f"chosen: k = {chosen}",
+            label=f"chosen: {size} = {chosen:g}",
         )
     if not ax.get_xlabel():  # else the axis is that of a curve beside this one
-        ax.set_xlabel(f"k, {kept} kept")
-    _count_across(ax)
+        ax.set_xlabel(f"width, fraction of {kept} kept" if of_layers else f"k, {kept} kept")
+    if not of_layers:
+        _count_across(ax)
     ax.set_ylabel("held-out loss")
     _finish(ax)
     return fig, ax
@@ -352,6 +366,28 @@ def plot_widths(
     ax.set_ylabel("held-out loss")
     _finish(ax)
     return fig, ax
+
+
+def _check_controls(scree: "Scree", controls: Sequence["Scree"]) -> None:
+    for control in controls:
+        if control.layer != scree.layer:
+            raise ValueError(
+                f"controls must be of the same layer, {scree.layer!r}, got one of "
+                f"{control.layer!r}: measure it with layer={scree.layer!r}"
+            )
+        if control.features == scree.features:
+            raise ValueError(
+                f"controls must be of other features than the curve, got {control.features!r} "
+                'twice: measure them with features="random" or "principal"; a curve of another '
+                "network is drawn with plot_scree(other, label=..., ax=ax)"
+            )
+
+
+def _band(ax: "Axes", scree: "Scree", color: Any) -> None:
+    """One standard error to either side; none where one sample does not tell."""
+    stderr = scree.stderr.nan_to_num(nan=0.0)
+    below, above = (scree.loss - stderr).tolist(), (scree.loss + stderr).tolist()
+    ax.fill_between(scree.ks, below, above, color=color, alpha=0.2, linewidth=0)
 
 
 def _against_diagonal(

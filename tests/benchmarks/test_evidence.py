@@ -7,7 +7,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import hermite, linear
+from benchmarks.evidence import hermite, linear, pca, regression
+from benchmarks.evidence.report import Settings
 from taildropout import TailDropout
 from taildropout.lengths import Uniform
 
@@ -39,6 +40,40 @@ def test_with_uncorrelated_inputs_the_optimum_is_the_truncated_svd():
     torch.testing.assert_close(
         torch.tensor(optimum.excess(encoder, decoder)), torch.zeros(4), rtol=0, atol=1e-10
     )
+
+
+def test_controls_of_a_linear_network_are_random_features_and_pca_of_its_codes():
+    data = centred(200, 6) * torch.arange(1, 7)
+    pairs = linear.Pairs(data, data)
+    encoder, decoder = centred(4, 6, seed=1), centred(6, 4, seed=2)
+    codes = data @ encoder.T
+    best = torch.tensor(linear.Optimum(pairs).errors)
+    expected = []
+    for k in range(1, 5):
+        reduced = PCA(k).fit(codes.numpy())
+        kept = torch.tensor(reduced.inverse_transform(reduced.transform(codes.numpy())))
+        expected.append((data - kept @ decoder.T).square().sum())
+    expected = torch.stack(expected) / best[:4] - 1
+    for optimum in (linear.Optimum(pairs), linear.Optimum(pairs.condensed)):
+        first, random, principal = (
+            torch.tensor(optimum.excess(encoder, decoder, features))
+            for features in ("first", "random", "principal")
+        )
+        torch.testing.assert_close(principal, expected.float())
+        torch.testing.assert_close(random[-1], first[-1])
+        assert (random[:-1] != first[:-1]).any()
+
+
+def test_the_tables_of_linear_networks_print_their_controls(monkeypatch):
+    monkeypatch.setattr(regression, "steps", lambda settings: 2)
+    monkeypatch.setattr(pca, "data_sets", lambda settings: {pca.DIGITS: 2})
+    control = {linear.NO_DROPOUT: linear.methods(4, [], [])[linear.NO_DROPOUT]}
+    for module in (pca, regression):
+        monkeypatch.setattr(module, "methods", lambda *args: control)
+        text = module.text(module.measure(Settings(quick=True), [0]), Settings(quick=True))
+        head = next(line for line in text.splitlines() if line.startswith("| k from"))
+        assert "random features | " in head
+        assert head.endswith("principal components |")
 
 
 def test_condensed_pairs_have_the_same_second_moments_in_fewer_rows():

@@ -174,6 +174,24 @@ def test_a_layer_that_is_there_already_keeps_its_features():
     assert others["output of 0"] == "layer '1' chooses their width already"
 
 
+def test_what_is_computed_as_a_function_is_no_place_and_says_so():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.unused = linear(6, 5), linear(3, 6), linear(2, 2)
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(x).relu(), self.b.weight)
+
+    _, others = found_in(net(lambda m, x: m.inner(x), inner=Functional()), 2, 5)
+    assert "Functional computes it as a function, and a layer" in others["input of inner.b"]
+    assert not any("unused" in place for place in others)
+    attention = nn.MultiheadAttention(6, 2, batch_first=True)
+    _, others = found_in(net(lambda m, x: m.attention(x, x, x)[0], attention=attention), 2, 7, 6)
+    assert "MultiheadAttention computes it as a function" in others["input of attention.out_proj"]
+    assert "write the attention with Linear modules" in others["input of attention.out_proj"]
+
+
 def test_where_the_samples_lie():
     def forward(m, x):
         windows = m.a(x.unflatten(1, (-1, 2)).flatten(0, 1))  # two of each sample's tokens

@@ -1072,3 +1072,24 @@ def test_an_exported_model_keeps_its_k_where_the_layers_changes(strict):
     exported = torch.export.export(model, (x,), strict=strict)
     model[2].set_k(7)
     assert_equal(exported.module()(x), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_samples_in_a_nested_tensor_have_a_k_each(layout):
+    parts = [torch.randn(length, 6) for length in (2, 5, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+    layer = TailDropout(0.5)
+    for k in (None, 2, torch.tensor([1, 6, 3])):
+        layer.set_k(k)
+        output = layer(nested)
+        ks = layer.drawn_k if k is None else torch.as_tensor(k).expand(3)
+        (gradient,) = torch.autograd.grad(sum(x.sum() for x in output.unbind()), nested)
+        for before, kept, slope, one in zip(
+            parts, output.unbind(), gradient.unbind(), ks, strict=True
+        ):
+            assert_close(kept, keep_prefix(before, int(one)), rtol=0, atol=0)
+            assert_close(slope, keep_prefix(torch.ones_like(before), int(one)))
+    assert layer.eval()(nested) is nested
+    with pytest.raises(ValueError, match="features along its last, got batch_dim=0 and dropout_di"):
+        TailDropout(dropout_dim=1)(nested)

@@ -861,6 +861,51 @@ class TestCompile:
         actual = gradients_of_compiled(model, run, step)
         assert_close(actual, (expected[0], expected[2]))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("whole", [True, False])
+    @BOTH
+    def test_their_outputs_may_lie_deep_in_objects(self, run, whole):
+        model = Returning(lambda x: Slotted(Plain({"x": [Plain(x)]})))
+        draw_together(model)
+        expected = gradients_of(model, None, twice_returned)
+        model.compile_blocks(whole)
+        actual = gradients_of_compiled(model, run, twice_returned)
+        assert_close(actual, (expected[0], expected[2]))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("whole", [True, False])
+    @BOTH
+    def test_outputs_that_are_not_found_are_an_error_and_no_draw_of_its_own(self, run, whole):
+        model = Returning(lambda x: lambda: x)
+        draw_together(model)
+        model.compile_blocks(whole)
+        model.checkpointed = run
+        loss = returned(model(torch.randn(12, 5))).square().sum()
+        with pytest.raises(RuntimeError, match=r"not found .* return the tensors themselves"):
+            loss.backward()
+        draw_together(model)
+        hidden = returned(model(torch.randn(12, 5))).square().sum()
+        model.return_as = Plain  # a pass that is found must not be taken for the hidden one
+        found = returned(model(torch.randn(12, 5))).square().sum()
+        with pytest.raises(RuntimeError, match=r"not found .* return the tensors themselves"):
+            (hidden + found).backward()
+
+    @pytest.mark.slow
+    @BOTH
+    def test_compiled_blocks_that_are_called_by_themselves_in_a_checkpoint(self, run):
+        model = Returning(lambda x: lambda: x)
+        draw_together(model)
+        x = torch.randn(12, 6, requires_grad=True)
+        shown = model.blocks[0][:3]
+        shown.compile(backend="eager")
+        output = run(shown, x)
+        output.square().sum().backward()
+        actual = shown[0].weight.grad
+        shown[2].set_k((output != 0).sum(1))
+        model.zero_grad()
+        nn.Sequential.forward(shown, x).square().sum().backward()
+        assert_close(actual, shown[0].weight.grad)
+
     def test_after_backward_a_compiled_block_has_passes_of_its_own(self):
         model = Network()
         handle = draw_together(model)
@@ -903,6 +948,51 @@ class TestCompile:
             ks = [(output != 0).sum(1) for output in outputs]
             assert of_one_width(*ks)
             assert_close([outputs, tuple(actual)], copy.deepcopy(model).with_ks(ks, x * scale))
+
+
+class Plain:
+    def __init__(self, value):
+        self.value = value
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def returned(value):
+    """The tensor in what a model returns."""
+    while not isinstance(value, torch.Tensor):
+        if isinstance(value, Plain | Slotted):
+            value = value.value
+        else:
+            value = value() if callable(value) else next(iter(value["x"]))
+    return value
+
+
+def twice_returned(model):
+    return [returned(model(torch.randn(12, 5))).square().sum() for _ in range(2)]
+
+
+class Returning(Network):
+    """A network that returns its output in something, and has no other dropout."""
+
+    def __init__(self, return_as):
+        super().__init__()
+        self.return_as = return_as
+        del self.blocks[2]
+        for block in self.blocks:
+            block[1].p = 0.0
+
+    def forward(self, x):
+        return self.return_as(super().forward(x))
+
+    def compile_blocks(self, whole):
+        """The blocks as a whole, or only the layers in them."""
+        for block in self.blocks:
+            (block if whole else block[2]).compile(backend="eager")
 
 
 class Chain(nn.Module):

@@ -192,6 +192,54 @@ def test_places_print_as_a_table():
     ]
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_mlp_of_torchs_transformer_is_a_place_also_on_its_fast_path():
+    """Which makes a nested tensor of a padded one."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x, padding=None):
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model = Padded()
+    x, padding = torch.randn(3, 7, 8), torch.arange(7) >= torch.tensor([[7], [4], [5]])
+    (first, second), _ = td.nest(model, x).places, model.eval()
+    assert (first.name, second.n) == ("encoder.layers.0.linear2", 12)
+    with td.at_width(model, 0.5), torch.enable_grad():
+        expected = model(x), model(x, padding)  # with gradients it takes no fast path
+    with td.at_width(model, 0.5):
+        small = td.prune(model, 0.5, x)
+        for run in (model, small, td.finalize(small)):
+            assert_close(run(x), expected[0])
+            assert_close(run(x, padding)[~padding], expected[1][~padding])
+    assert (model(x) - expected[0]).abs().max() > 0.01
+
+
+def test_a_model_that_is_nested_already_says_so():
+    model = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(4, 4), nn.ReLU())))
+    nested = td.nest(model, torch.zeros(2, 4))
+    words = (
+        r"is nested already, by the layers '2.tail_dropout', '4.tail_dropout', '6.tail_dropout' and "
+        r"1 more, which .* take these out first: call remove\(\) .* or td.remove\(model, name\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        td.nest(model, torch.zeros(2, 4))
+    nested.remove()
+    assert len(td.nest(model, torch.zeros(2, 4)).layers) == 4
+
+
+def test_layers_by_hand_at_all_places_are_named():
+    model = nn.Sequential(nn.Linear(4, 6), TailDropout(), nn.Linear(6, 3))
+    words = r"its own layers '1' choose the widths already: call td.draw_together\(model\)"
+    with pytest.raises(ValueError, match=words):
+        td.nest(model, torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("width", [0, 1.5, -0.1])
 def test_the_smallest_width_is_a_fraction(width):
     with pytest.raises(ValueError, match="min_width must be a fraction"):

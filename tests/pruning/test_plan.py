@@ -671,3 +671,22 @@ def test_a_layer_that_is_never_called_is_warned_of_and_left_out(k):
 def test_a_layer_that_is_never_called_is_not_cut_by_its_name(k):
     with pytest.raises(PruningError, match=r"'never' must be called .* got no call"):
         td.plan_pruning(CallsOne(), k, torch.randn(2, 5))
+
+
+def test_a_network_may_be_cut_inside_at_width():
+    model, x = nn.Sequential(nn.Linear(4, 8), TailDropout(), nn.Linear(8, 3)), torch.randn(2, 4)
+    with td.at_width(model, 0.5):
+        small, expected = td.prune(model, 0.5, x), model(x)
+    assert_close(small.eval()(x), expected)
+    assert (small[0].out_features, small[1].extra_repr().count("width")) == (4, 0)
+
+
+def test_inputs_that_do_not_fit_are_named_in_their_own_sizes():
+    model = nn.Sequential(nn.Linear(12, 8), TailDropout(), nn.Linear(8, 3))
+    words = (
+        r"must run on its example inputs, but with those of \(3, 11\) it raised RuntimeError: .*"
+        r"3x11 and 12x8.*: pass inputs as the model takes them"
+    )
+    for read in (td.places, lambda model, x: td.plan_pruning(model, 2, x)):
+        with pytest.raises(PruningError, match=words):
+            read(model, torch.randn(3, 11))

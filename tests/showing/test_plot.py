@@ -113,6 +113,48 @@ def test_several_curves_in_one_picture_have_their_own_names_and_colours():
     assert first.get_color() != second.get_color()
 
 
+def measured_as(features, layer="1", ks=SCREE.ks):
+    return td.Scree(layer, ks, SCREE.loss + 1, SCREE.count, SCREE.cov, features)
+
+
+def test_controls_stand_beside_the_curve_each_with_its_name_line_and_band():
+    fig, ax = SCREE.plot(controls=[measured_as("random"), measured_as("principal")])
+    assert texts(ax) == ["first features", "random features", "principal components"]
+    first, random, principal = ax.lines
+    assert first.get_ydata().tolist() == [4, 2, 1]
+    assert random.get_ydata().tolist() == principal.get_ydata().tolist() == [5, 3, 2]
+    assert len({line.get_linestyle() for line in ax.lines}) == 3
+    assert random.get_color() == principal.get_color() != first.get_color()
+    assert len(ax.collections) == 3
+    assert ax.get_xlabel() == "k, features kept"
+    assert plot_scree(SCREE, controls=[measured_as("random")], ax=ax) == (fig, ax)
+
+
+def test_controls_need_not_have_the_same_ks():
+    _, ax = SCREE.plot(controls=[measured_as("random", ks=[1, 2, 3])])
+    assert ax.lines[1].get_xdata().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [
+        (measured_as("random", layer="*"), r"same layer, '1', got one of '\*'.*layer='1'"),
+        (measured_as("first"), r"other features than the curve, got 'first' twice.*label="),
+    ],
+)
+def test_what_is_no_control_is_refused(control, words):
+    with pytest.raises(ValueError, match=words):
+        SCREE.plot(controls=[control])
+
+
+def test_of_several_layers_the_widths_are_across():
+    widths = td.Scree("*", [0.0, 0.5, 1.0], SCREE.loss, SCREE.count, SCREE.cov)
+    _, ax = plot_scree(widths, chosen=0.5, tolerance=0.01)
+    assert ax.get_xlabel() == "width, fraction of features kept"
+    assert {0.2, 0.4} <= {round(tick, 6) for tick in ax.get_xticks()}
+    assert texts(ax) == ["1% above width = 1", "chosen: width = 0.5"]
+
+
 def test_one_sample_has_no_band():
     once = td.Scree("1", [0, 1], SCREE.loss[:2], count=1, cov=torch.full((2, 2), float("nan")))
     _, ax = once.plot()
