@@ -62,6 +62,7 @@ ELEMENTWISE = [
     "{0} * ({0} > 0.1)",
     "F.dropout({0}, training=self.training)",
     "@nn.Dropout()@({0})",
+    "@nn.ReLU(inplace=True)@({0})",
     "@nn.ReLU(inplace=True)@({0} + 0)",
     "torch.zeros_like({0}) + {0}",
     "torch.full_like({0}, 0.5) * {0}",
@@ -79,6 +80,7 @@ ALONG_A_DIM = [
     "{0}.sort({d}).values",
     "{0}.flip({d})",
     "{0}.roll(1, {d})",
+    "F.normalize({0}, dim={d})",
     "F.normalize({0}, dim={d}, eps=0.1)",
     "{0} - {0}.mean({d}, keepdim=True)",
     "{0} * {0}.sum({d}, keepdim=True).tanh()",
@@ -104,6 +106,7 @@ SIZES = [  # what reads the sizes of the input in Python
     "{0} if {0}.shape[{d}] < 3 else {0} + 1",
     "{0}.narrow({d}, 0, min(2, {0}.shape[{d}]))",
     "{0} + torch.arange({0}.shape[-1])",
+    "{0} * torch.arange(1, {0}.shape[-1] + 1)",
     "{0} * {0}.new_full(({0}.shape[-1],), 0.5)",
     "{0} + {0}.new_zeros({0}.shape)",
     "{0} * torch.linspace(0, 1, {0}.shape[-1], dtype={0}.dtype)",
@@ -192,6 +195,7 @@ BY_ROLES = {
     ],
     "BTF": [
         "@nn.LSTM({n}, {m}, batch_first=True)@({0})[0]",
+        "@nn.GRU({n}, {m}, batch_first=True)@({0})[0]",
         "@nn.GRU({n}, {m}, batch_first=True, bidirectional=True)@({0})[0]",
         "@nn.RNN({n}, {m}, batch_first=True)@({0})[1][0] -> BF",
         "@nn.MultiheadAttention({n}, 2, batch_first=True)@({0}, {0}, {0})[0]",
@@ -294,9 +298,11 @@ BY_ROLES = {
         "@nn.Conv2d({n}, {m}, 2, stride=2, bias=False)@({0})",
         "@nn.Conv2d({n}, {m}, (1, 3), padding='same')@({0})",
         "@nn.Conv2d({n}, {n}, 3, padding=1, groups={n})@({0})",
+        "@nn.Conv2d({n}, 2 * {n}, 3, padding=1, groups={n})@({0})",
         "@nn.Conv2d({n}, {n}, 1, groups=2)@({0})",
         "@nn.Conv2d({n}, {m}, 2, padding=1, padding_mode='reflect')@({0})",
         "@nn.ConvTranspose2d({n}, {m}, 2, 2)@({0})",
+        "@nn.ConvTranspose2d({n}, {m}, 2)@({0})",
         "@nn.ConvTranspose2d({n}, {m}, 1, 2)@({0})",
         "@nn.ConvTranspose2d({n}, {m}, 3, padding=1)@({0})",
         "@nn.ConvTranspose2d({n}, {n}, 2, 2, groups=2)@({0})",
@@ -334,6 +340,7 @@ BY_ROLES = {
         "{0} * @nn.Parameter(torch.randn({n}, 1, 1))@",
         "{0} * {0}.mean((2, 3), keepdim=True).sigmoid()",
         "F.glu({0}, dim=1)",
+        "{0}.chunk(2, 1)[0] * {0}.chunk(2, 1)[1]",
         "torch.cat([{0}, {0}.cos()], 1)",
         "F.dropout2d({0}, training=self.training)",
     ],
@@ -346,12 +353,15 @@ PRODUCERS = {
         "@nn.Linear({n}, {w})@({0})",
         "@nn.Linear({n}, {w}, bias=False)@({0})",
         "@nn.LSTM({n}, {w}, batch_first=True)@({0})[0]",
+        "@nn.GRU({n}, {w} // 2, batch_first=True, bidirectional=True)@({0})[0]",
     ],
     "BT": ["@nn.Embedding(7, {w})@({0}) -> BTF"],
     "BFT": ["@nn.Conv1d({n}, {w}, 3, padding=1)@({0})", "@nn.Conv1d({n}, {w}, 1)@({0})"],
     "BFHW": [
         "@nn.Conv2d({n}, {w}, 3, padding=1)@({0})",
+        "@nn.Conv2d({n}, {w}, 3, bias=False)@({0})",
         "@nn.Conv2d({n}, {w}, 1, bias=False)@({0})",
+        "@nn.Conv2d({n}, 2 * {n}, 3, padding=1, groups={n})@({0})",
         "@nn.ConvTranspose2d({n}, {w}, 2, 2)@({0})",
     ],
 }
@@ -361,10 +371,13 @@ CONSUMERS = {
     "BFHW": [
         "@nn.Conv2d({n}, 2, 1)@({0})",
         "@nn.Conv2d({n}, 2, 3, padding=1)@({0})",
+        "@nn.Conv2d({n}, 2, 2, bias=False)@({0})",
+        "@nn.ConvTranspose2d({n}, 2, 2)@({0})",
         "@nn.ConvTranspose2d({n}, 2, 2, 2, bias=False)@({0})",
     ],
 }
 ANY_CONSUMER = ["@nn.Linear({n}, 2)@({0})", "@nn.Linear({n}, 3, bias=False)@({0})"]
+RECURRENT_CONSUMER = ["@nn.RNN({n}, 2, batch_first=True)@({0})[0]"]
 
 
 # ---------------------------------------------------------------------------------- the networks

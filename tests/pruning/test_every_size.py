@@ -297,8 +297,17 @@ BEHIND = {
     "padded_to_four": lambda: Do(
         lambda h: F.pad(h, (0, -h.shape[3] % 4, 0, -h.shape[2] % 4)), nn.Conv2d(12, 2, 1)
     ),
+    "padded_as_its_sizes_need": lambda: Do(
+        lambda h: F.pad(h, (*padding(h.shape[3]), *padding(h.shape[2]))), nn.Conv2d(12, 2, 3, 2)
+    ),
     "tokens": lambda: Do(lambda h: h.flatten(2).mT.softmax(1), nn.Linear(12, 2)),
 }
+
+
+def padding(size):
+    """Of a convolution over three entries, two apart, as TensorFlow does it."""
+    along = 1 if size % 2 == 0 else max(3 - size % 2, 0)
+    return along // 2, along - along // 2
 
 
 def conv():

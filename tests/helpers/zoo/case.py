@@ -29,6 +29,7 @@ class Case:
         zero: whether at k = 0 no feature is left of anything; else one is kept, for torch has no
             convolution over no channels.
         prefix: whether what is left of each layer is a prefix of its features.
+        long: whether it is another one of many alike, for `make long` only.
     """
 
     build: Callable[[], nn.Module]
@@ -38,6 +39,7 @@ class Case:
     stays: tuple[str, ...] = ()
     zero: bool = True
     prefix: bool = True
+    long: bool = False
 
     def make(self) -> nn.Module:
         return with_random_weights(self.build()).double().eval()

@@ -38,7 +38,10 @@ def pytest_generate_tests(metafunc):
                 pytest.param(
                     (name, place),
                     id=f"{name}-{place}" if len(check.places) > 1 else name,
-                    marks=[] if place == "half" else pytest.mark.slow,
+                    marks=[
+                        *([] if place == "half" else [pytest.mark.slow]),
+                        *([pytest.mark.long] if case.long else []),
+                    ],
                 )
                 for name, case in metafunc.module.CASES.items()
                 for place in check.places

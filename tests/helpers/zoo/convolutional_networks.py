@@ -104,20 +104,27 @@ def convnext_shapes(*ks: int) -> Shapes:
     return result
 
 
-def mobilenet() -> nn.Module:
-    model = transformers.MobileNetV2ForImageClassification(
-        transformers.MobileNetV2Config(
-            depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, num_labels=5
-        )
+def mobilenet(tf_padding: bool = False) -> nn.Module:
+    """Of its blocks one with a stride, one with neither stride nor branch, two with a branch."""
+    config = transformers.MobileNetV2Config(
+        depth_multiplier=0.1,
+        min_depth=4,
+        depth_divisible_by=4,
+        num_labels=5,
+        tf_padding=tf_padding,
     )
-    # In block 1 the layer stands behind the depthwise convolution, in block 6 before it.
-    places = ["mobilenet_v2.layer.1.conv_3x3", "mobilenet_v2.layer.6.expand_1x1"]
+    model = transformers.MobileNetV2ForImageClassification(config)
+    whole = model.mobilenet_v2
+    whole.layer = nn.ModuleList(whole.layer[i] for i in (1, 5, 6, 9))
+    whole.conv_1x1.convolution = nn.Conv2d(12, 1280, 1, bias=False)
+    # In block 0 the layer stands behind the depthwise convolution, in block 2 before it.
+    places = ["mobilenet_v2.layer.0.conv_3x3", "mobilenet_v2.layer.2.expand_1x1"]
     return insert(model, places, dropout_dim=1)
 
 
 def mobilenet_shapes(*ks: int) -> Shapes:
     result: Shapes = {}
-    for i, k, width in zip((1, 6), ks, (4, 8), strict=True):
+    for i, k, width in zip((0, 2), ks, (4, 8), strict=True):
         block = f"mobilenet_v2.layer.{i}"
         result |= module(f"{block}.expand_1x1.convolution", k, width, 1, 1, bias=False)
         result |= batch_norm(f"{block}.expand_1x1.normalization", k)
@@ -218,6 +225,14 @@ CASES = {
     ),
     "ConvNeXt": Case(convnext, image(3, 16, 16), (16, 24), convnext_shapes),
     "MobileNetV2": Case(mobilenet, image(3, 32, 32), (24, 48), mobilenet_shapes, zero=False),
+    "MobileNetV2, padded as its sizes need": Case(
+        lambda: mobilenet(tf_padding=True),
+        image(3, 32, 32),
+        (24, 48),
+        mobilenet_shapes,
+        zero=False,
+        long=True,
+    ),
     "U-Net": Case(UNet, image(2, 8, 8), (4, 8), unet_shapes, zero=False),
     "autoencoder": Case(autoencoder, image(2, 12, 12), (8, 6), autoencoder_shapes, zero=False),
 }

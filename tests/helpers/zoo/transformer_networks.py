@@ -11,7 +11,7 @@ import taildropout as td
 def vit() -> nn.Module:
     config = transformers.ViTConfig(
         hidden_size=8,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=12,
         image_size=8,
@@ -19,36 +19,30 @@ def vit() -> nn.Module:
         num_labels=5,
     )
     model = transformers.ViTForImageClassification(config)
-    return insert(model, [f"vit.layers.{i}.mlp.activation_fn" for i in (0, 1)])
+    return insert(model, ["vit.layers.0.mlp.activation_fn"])
 
 
-def vit_shapes(*ks: int) -> Shapes:
-    result: Shapes = {}
-    for i, k in enumerate(ks):
-        result |= module(f"vit.layers.{i}.mlp.fc1", k, 8) | columns(f"vit.layers.{i}.mlp.fc2", 8, k)
-    return result
+def vit_shapes(k: int) -> Shapes:
+    mlp = "vit.layers.0.mlp"
+    return module(f"{mlp}.fc1", k, 8) | columns(f"{mlp}.fc2", 8, k)
 
 
 def bert() -> nn.Module:
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=8,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=12,
         max_position_embeddings=20,
     )
     model = transformers.BertForSequenceClassification(config)
-    return insert(model, [f"bert.encoder.layer.{i}.intermediate" for i in (0, 1)])
+    return insert(model, ["bert.encoder.layer.0.intermediate"])
 
 
-def bert_shapes(*ks: int) -> Shapes:
-    result: Shapes = {}
-    for i, k in enumerate(ks):
-        block = f"bert.encoder.layer.{i}"
-        result |= module(f"{block}.intermediate.dense", k, 8)
-        result |= columns(f"{block}.output.dense", 8, k)
-    return result
+def bert_shapes(k: int) -> Shapes:
+    block = "bert.encoder.layer.0"
+    return module(f"{block}.intermediate.dense", k, 8) | columns(f"{block}.output.dense", 8, k)
 
 
 def gpt2() -> nn.Module:
@@ -56,7 +50,7 @@ def gpt2() -> nn.Module:
         vocab_size=50,
         n_positions=20,
         n_embd=8,
-        n_layer=2,
+        n_layer=1,
         n_head=2,
         n_inner=12,
         use_cache=False,
@@ -64,16 +58,17 @@ def gpt2() -> nn.Module:
         eos_token_id=0,
     )
     model = transformers.GPT2LMHeadModel(config)
-    return insert(model, [f"transformer.h.{i}.mlp.act" for i in (0, 1)])
+    return insert(model, ["transformer.h.0.mlp.act"])
 
 
-def gpt2_shapes(*ks: int) -> Shapes:
-    result: Shapes = {}
-    for i, k in enumerate(ks):  # a Conv1D is a Linear whose weight is transposed
-        mlp = f"transformer.h.{i}.mlp"
-        result |= {f"{mlp}.c_fc.weight": (8, k), f"{mlp}.c_fc.bias": (k,)}
-        result |= {f"{mlp}.c_proj.weight": (k, 8)}
-    return result
+def gpt2_shapes(k: int) -> Shapes:
+    """A Conv1D is a Linear whose weight is transposed."""
+    mlp = "transformer.h.0.mlp"
+    return {
+        f"{mlp}.c_fc.weight": (8, k),
+        f"{mlp}.c_fc.bias": (k,),
+        f"{mlp}.c_proj.weight": (k, 8),
+    }
 
 
 def llama() -> nn.Module:
@@ -146,10 +141,10 @@ def two_texts(samples: int) -> tuple[torch.Tensor, ...]:
 
 
 CASES = {
-    "ViT": Case(vit, image(3, 8, 8), (12, 12), vit_shapes),
-    "BERT": Case(bert, words_with_padding, (12, 12), bert_shapes),
-    "GPT-2": Case(gpt2, words, (12, 12), gpt2_shapes, zero=False),
+    "ViT": Case(vit, image(3, 8, 8), (12,), vit_shapes),
+    "BERT": Case(bert, words_with_padding, (12,), bert_shapes),
+    "GPT-2": Case(gpt2, words, (12,), gpt2_shapes, zero=False),
     "Llama": Case(llama, words, (12, 12), llama_shapes),
     "T5": Case(lambda: t5("relu"), two_texts, (12, 12), t5_shapes),
-    "T5, gated": Case(lambda: t5("gated-gelu"), two_texts, (12, 12), t5_gated_shapes),
+    "T5, gated": Case(lambda: t5("gated-gelu"), two_texts, (12, 12), t5_gated_shapes, long=True),
 }
