@@ -1,13 +1,141 @@
-"""Linear layers on all prefixes at once."""
+"""Linear layers that read a prefix: one for each sample, and all at once."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 
-from ..lengths import Lengths, check_lengths
-from .checks import check_k
+from ..draws import draw
+from ..lengths import Lengths, check_lengths, lengths_or_exponential
+from .checks import check_droppable, check_k, resolve_dims, spread
+from .prefix import zero_tail
+
+Scale = Literal["sqrt"] | None
+
+
+def tail_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail_bias: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    batch_dim: int | Sequence[int] = 0,
+    *,
+    lengths: Lengths | None = None,
+    stratified: bool = True,
+    scale: Scale = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`linear(tail_dropout(input), weight, bias)`, and a further bias for the k of each sample.
+
+    In training a fresh k is drawn for each index of `batch_dim`. Where features are dropped, k < n,
+    the row k of `tail_bias` is added: it can learn what the tail would have added on average. With
+    `training=False` it is `linear(input, weight, bias)`.
+
+    Args:
+        input: `(..., n)`.
+        weight: `(out_features, n)`.
+        bias: `(out_features,)`, or None.
+        tail_bias: `(n, out_features)`.
+        p: expected fraction of features dropped, E[1 - k/n], in [0, 1]; not used if `lengths` is
+            given.
+        training: whether to drop.
+        batch_dim: the dim, or dims, of the input whose every index draws its own k.
+        lengths: distribution of k. None: `Exponential(p)`.
+        stratified: spread the ks of one call evenly over their distribution.
+        scale: "sqrt" multiplies the prefix by sqrt(n/k), so that sums over it keep their size
+            where features are independent. None: nothing is rescaled.
+        generator: source of randomness, torch's global one by default.
+
+    Returns:
+        Shape `(..., out_features)`.
+
+    Raises:
+        ValueError: p outside [0, 1] or NaN, shapes that do not fit, another word for `scale`.
+        IndexError: a dim that the input does not have.
+        TypeError: lengths without a pmf, dims that are no ints.
+
+    Example:
+        >>> from taildropout.lengths import Sizes
+        >>> x, weight = torch.ones(1, 3), torch.tensor([[1.0, 10.0, 100.0]])
+        >>> tail_bias = torch.tensor([[0.1], [0.2], [0.3]])
+        >>> tail_linear(x, weight, None, tail_bias, lengths=Sizes([2]))  # 1 + 10 + 0.3
+        tensor([[11.3000]])
+    """
+    lengths = lengths_or_exponential(lengths, p)
+    check_scale(scale)
+    if not training:
+        return linear(input, weight, bias)
+    check_droppable(input)
+    batch_dims, dim = resolve_dims(input, batch_dim, -1)
+    samples = [input.shape[d] for d in batch_dims]
+    k = draw(
+        lengths,
+        input.shape[dim],
+        math.prod(samples),
+        stratified=stratified,
+        device=input.device,
+        generator=generator,
+    ).view(samples)
+    return linear_at(spread(k, input, batch_dims), input, weight, bias, tail_bias, scale)
+
+
+def linear_at(
+    k: int | Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail_bias: Tensor,
+    scale: Scale,
+) -> Tensor:
+    """`tail_linear` at a k: an int, or a tensor that broadcasts against the input."""
+    check_shapes(input, weight, tail_bias)
+    n = input.shape[-1]
+    if isinstance(k, int):  # one for all: the tail need not be read
+        prefix = input[..., :k]
+        prefix = prefix if scale is None else prefix * factor_of(k, n)
+        output = linear(prefix, weight[:, :k], bias)
+        return output if k == n else output + tail_bias[k].to(output.dtype)
+    k = k.to(input.device)
+    prefix = zero_tail(input, k, -1, inplace=False)
+    prefix = prefix if scale is None else (prefix * _factors(k, input)).to(input.dtype)
+    output = linear(prefix, weight, bias)
+    if n == 0:
+        return output
+    k = k.squeeze(-1) if k.ndim else k  # (...)
+    rows = embedding(k.clamp(max=n - 1), tail_bias)  # (..., out_features)
+    rows = torch.where((k < n).unsqueeze(-1), rows, rows.new_zeros(()))
+    return output + rows.to(output.dtype)
+
+
+def factor_of(k: int, n: int) -> float:
+    """What the scale "sqrt" multiplies a prefix by; an empty one may be left as it is."""
+    return math.sqrt(n / k) if k else 1.0
+
+
+def _factors(k: Tensor, input: Tensor) -> Tensor:
+    double = input.dtype in (torch.float64, torch.complex128)
+    dtype = torch.float64 if double else torch.float32
+    return (input.shape[-1] / k.to(dtype).clamp(min=1)).sqrt().clamp(min=1)
+
+
+def check_shapes(input: Tensor, weight: Tensor, tail_bias: Tensor) -> None:
+    n = input.shape[-1] if input.ndim else None
+    if weight.ndim != 2 or weight.shape[1] != n or tail_bias.shape != weight.T.shape:
+        raise ValueError(
+            "input (..., n), weight (out_features, n) and tail_bias (n, out_features) must fit, got "
+            f"{tuple(input.shape)}, {tuple(weight.shape)} and {tuple(tail_bias.shape)}"
+        )
+
+
+def check_scale(scale: Scale) -> Scale:
+    if scale not in (None, "sqrt"):
+        raise ValueError(f'scale must be "sqrt" or None, got {scale!r}')
+    return scale
 
 
 def prefix_linear(
@@ -15,6 +143,9 @@ def prefix_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     ks: Iterable[int] | Tensor | None = None,
+    *,
+    tail_bias: Tensor | None = None,
+    scale: Scale = None,
 ) -> Tensor:
     """`linear(keep_prefix(input, k), weight, bias)` for every k, for the price of about one.
 
@@ -26,12 +157,14 @@ def prefix_linear(
         weight: `(out_features, n)`.
         bias: `(out_features,)`, or None.
         ks: prefix lengths in 0, ..., n, in any order. None: all of them, 0, ..., n.
+        tail_bias: `(n, out_features)`, as in `tail_linear`; None: there is none.
+        scale: as in `tail_linear`.
 
     Returns:
         Shape `(len(ks), ..., out_features)`, in the order of `ks`.
 
     Raises:
-        ValueError: a k outside 0, ..., n, no k, shapes that do not fit.
+        ValueError: a k outside 0, ..., n, no k, shapes that do not fit, another word for `scale`.
         TypeError: a k is not an integer.
 
     Example:
@@ -45,6 +178,9 @@ def prefix_linear(
             f"weight must have shape (out_features, {n}) for an input of shape "
             f"{tuple(input.shape)}, got {tuple(weight.shape)}"
         )
+    if tail_bias is not None:
+        check_shapes(input, weight, tail_bias)
+    check_scale(scale)
     asked = range(n + 1) if ks is None else [int(check_k(k)) for k in ks]
     if not asked or min(asked) < 0 or max(asked) > n:
         raise ValueError(f"ks must be at least one k in 0, ..., n={n}, got {list(asked)}")
@@ -55,13 +191,20 @@ def prefix_linear(
     rows = input[..., : ends[-1]].reshape(math.prod(leading), ends[-1]).to(dtype)
     columns = weight[:, : ends[-1]].to(dtype).T
     total = rows.new_zeros(len(rows), len(weight))
-    total = total if bias is None else total + bias.to(dtype)
+    total = total if bias is None or scale is not None else total + bias.to(dtype)
     totals = []
     with torch.autocast(rows.device.type, enabled=False):  # which would add up in low precision
         for rows_b, columns_b in zip(rows.split(widths, 1), columns.split(widths), strict=True):
             total = torch.addmm(total, rows_b, columns_b)
             totals.append(total)
-    result = torch.stack(totals).to(input.dtype).view(len(ends), *leading, len(weight))
+    result = torch.stack(totals)  # (len(ends), rows, out_features)
+    if scale is not None:
+        result = result * result.new_tensor([factor_of(k, n) for k in ends])[:, None, None]
+        result = result if bias is None else result + bias.to(dtype)
+    if tail_bias is not None:
+        biases = [tail_bias[k] if k < n else tail_bias.new_zeros(len(weight)) for k in ends]
+        result = result + torch.stack(biases).to(dtype)[:, None]
+    result = result.to(input.dtype).view(len(ends), *leading, len(weight))
     if list(asked) == ends:
         return result
     index = torch.tensor([ends.index(k) for k in asked], device=input.device)

@@ -10,12 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..layers import TailDropout, TailMLP
+from ..layers import TailDropout, TailLinear, TailMLP
 from ..layers.fitted import FittedTailDropout
+from ..layers.linear import become_linear
 from ..models.insert import tail_dropouts
 
 _LIBRARY = __name__.partition(".")[0]
-_FORWARDS = (TailDropout.forward, FittedTailDropout.forward, TailMLP.forward)
+_FORWARDS = (
+    *(TailDropout.forward, FittedTailDropout.forward),
+    *(TailLinear.forward, TailMLP.forward),
+)
 _PADS: tuple[Callable[[Any, float], nn.Module], ...] = (
     nn.ConstantPad1d,
     nn.ConstantPad2d,
@@ -28,13 +32,14 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Its outputs are those of the model in eval mode, in training too: nothing is dropped any more,
     and it can't be pruned further. It can be pickled and loaded where this library is not
-    installed. All state-dict keys stay.
+    installed. All state-dict keys stay, but those of a `tail_bias`.
 
     | before | after |
     |---|---|
     | a TailDropout in a Sequential, or an attribute of a module | `nn.Identity` |
     | a TailDropout by `insert` | removed, with its hook |
     | a TailDropout of a pruned network that slices, or adds zeros | `nn.ConstantPad1d`, 2d or 3d |
+    | a TailLinear | `nn.Linear` |
     | a TailMLP | `nn.Sequential` of `fc1`, `activation` and `fc2` |
 
     Args:
@@ -91,11 +96,17 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
 def _in_place_of(module: nn.Module, name: str) -> nn.Module:
     """Of a module whose children are plain."""
     plain: nn.Module
-    if isinstance(module, TailDropout | TailMLP) and type(module).forward not in _FORWARDS:
+    if (
+        isinstance(module, TailDropout | TailLinear | TailMLP)
+        and type(module).forward not in _FORWARDS
+    ):
         raise ValueError(
             f"module {name!r} is a {type(module).__name__}, whose forward is its own: replace it "
             "by what it should be without this library"
         )
+    if type(module) is TailLinear:
+        become_linear(module, module.in_features)
+        return module
     if isinstance(module, TailMLP):
         plain = _sequential(module, name)
     elif isinstance(module, FittedTailDropout):

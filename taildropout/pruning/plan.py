@@ -17,7 +17,7 @@ from ..models.width import Widths, layer_ks, rounded_up, warn_of_never_called, w
 from .conditions import conditions_of
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
-from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay
+from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay, ToLinear
 from .outputs import OutputCut
 from .predicted import cut_as_predicted, cut_unread
 from .surgery import operate
@@ -65,6 +65,7 @@ class PrunePlan:
         output_cuts: what goes from what the model returns.
         checked: whether the small network's own dataflow was compared with the predicted one.
         verifications: what `apply` compared, in which dtype, and what it could not compare.
+        to_linears: the TailLinears that become an `nn.Linear` of their k.
     """
 
     k: dict[str, int]
@@ -86,6 +87,7 @@ class PrunePlan:
     output_cuts: list[OutputCut] = field(default_factory=list, repr=False)
     checked: bool = field(default=True, repr=False)
     verifications: list[Verification] = field(default_factory=list, repr=False)
+    to_linears: list[ToLinear] = field(default_factory=list, repr=False)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -100,7 +102,8 @@ class PrunePlan:
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
-        are still in place, with no k set. A model of Hugging Face gets a config that builds the
+        are still in place, with no k set, but a TailLinear is an `nn.Linear`, of the same keys
+        without `tail_bias`. A model of Hugging Face gets a config that builds the
         pruned one; where there is none, `save_pretrained` says why. The copy is compared with the
         model with k set on the example inputs and on random ones, and at other sizes where the
         model takes them.
@@ -243,6 +246,11 @@ class PrunePlan:
             for r in self.rescales
         ]
         remarks += [
+            f"{to_linear.name} becomes an nn.Linear, which takes in the bias and scale of "
+            f"k = {to_linear.k}"
+            for to_linear in self.to_linears
+        ]
+        remarks += [
             f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
         remarks += [f"provided that {condition}" for condition in self.conditions]
@@ -254,7 +262,7 @@ class PrunePlan:
         check_model_fits(self.cuts, tensors)
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         small = copy_that_shares(model, [tensors[cut.name] for cut in self.cuts])
-        operate(small, self.cuts, self.folds, self.fits, self.rescales)
+        operate(small, self.cuts, self.folds, self.fits, self.rescales, self.to_linears)
         return small
 
     def to_dict(self) -> dict[str, Any]:
@@ -271,6 +279,7 @@ class PrunePlan:
             "rescales": [
                 [list(r.weights), r.plus, r.module, r.eps, r.before, r.after] for r in self.rescales
             ],
+            "to_linears": [[to_linear.name, to_linear.k] for to_linear in self.to_linears],
         }
 
 
@@ -376,6 +385,7 @@ def _plan(
         outputs,
         found.output_cuts,
         check,
+        to_linears=found.to_linears,
     )
 
 
@@ -423,6 +433,8 @@ def _changes(
     shapes: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for cut in cuts:
         module, _, attribute = cut.name.rpartition(".")
+        if cut.name not in small_tensors:  # of a TailLinear, which is none any more
+            continue
         if large_tensors[cut.name].ndim > 1 or "weight" in attribute or not module:
             pair = tuple(large_tensors[cut.name].shape), tuple(small_tensors[cut.name].shape)
             shapes.setdefault(module, {})[attribute] = pair
