@@ -21,11 +21,9 @@ from .showing.report import report
 
 __version__ = "0.1.0"
 # fmt: off
-__all__ = [
-    "Choice", "ChosenWidth", "DrawnTogether", "LiveScree", "Nested", "Place", "Places",
+__all__ = ["Choice", "ChosenWidth", "DrawnTogether", "LiveScree", "Nested", "Place", "Places",
     "PrefixLoss", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout",
     "TailLinear", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draw_together",
     "draws", "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned", "nest",
     "places", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report",
-    "save_pruned", "scree", "tail_dropouts",
-]
+    "save_pruned", "scree", "tail_dropouts"]

@@ -12,6 +12,7 @@ from ..draws import draw
 from ..lengths import Lengths, check_lengths, lengths_or_exponential
 from .checks import check_droppable, check_k, resolve_dims, spread
 from .prefix import zero_tail
+from .shards import check_whole_linear
 
 Scale = Literal["sqrt"] | None
 
@@ -94,6 +95,7 @@ def linear_at(
 ) -> Tensor:
     """`tail_linear` at a k: an int, or a tensor that broadcasts against the input."""
     check_shapes(input, weight, tail_bias)
+    check_whole_linear(input, weight, tail_bias)
     n = input.shape[-1]
     if isinstance(k, int):  # one for all: the tail need not be read
         prefix = input[..., :k]
@@ -102,8 +104,13 @@ def linear_at(
         return output if k == n else output + tail_bias[k].to(output.dtype)
     k = k.to(input.device)
     prefix = zero_tail(input, k, -1, inplace=False)
-    prefix = prefix if scale is None else (prefix * _factors(k, input)).to(input.dtype)
-    output = linear(prefix, weight, bias)
+    prefix = prefix if scale is None else (prefix * factors_of(k, n, input.dtype)).to(input.dtype)
+    return with_tail_bias(linear(prefix, weight, bias), k, tail_bias)
+
+
+def with_tail_bias(output: Tensor, k: Tensor, tail_bias: Tensor) -> Tensor:
+    """The output, and for each k < n its row; k broadcasts against the output."""
+    n = len(tail_bias)
     if n == 0:
         return output
     k = k.squeeze(-1) if k.ndim else k  # (...)
@@ -117,10 +124,10 @@ def factor_of(k: int, n: int) -> float:
     return math.sqrt(n / k) if k else 1.0
 
 
-def _factors(k: Tensor, input: Tensor) -> Tensor:
-    double = input.dtype in (torch.float64, torch.complex128)
-    dtype = torch.float64 if double else torch.float32
-    return (input.shape[-1] / k.to(dtype).clamp(min=1)).sqrt().clamp(min=1)
+def factors_of(k: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """`factor_of` of each k, in float32 at least."""
+    factors = (n / k.clamp(min=1).double()).sqrt().clamp(min=1)
+    return factors.to(torch.promote_types(dtype, torch.float32))
 
 
 def check_shapes(input: Tensor, weight: Tensor, tail_bias: Tensor) -> None:
@@ -143,9 +150,6 @@ def prefix_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     ks: Iterable[int] | Tensor | None = None,
-    *,
-    tail_bias: Tensor | None = None,
-    scale: Scale = None,
 ) -> Tensor:
     """`linear(keep_prefix(input, k), weight, bias)` for every k, for the price of about one.
 
@@ -157,14 +161,12 @@ def prefix_linear(
         weight: `(out_features, n)`.
         bias: `(out_features,)`, or None.
         ks: prefix lengths in 0, ..., n, in any order. None: all of them, 0, ..., n.
-        tail_bias: `(n, out_features)`, as in `tail_linear`; None: there is none.
-        scale: as in `tail_linear`.
 
     Returns:
         Shape `(len(ks), ..., out_features)`, in the order of `ks`.
 
     Raises:
-        ValueError: a k outside 0, ..., n, no k, shapes that do not fit, another word for `scale`.
+        ValueError: a k outside 0, ..., n, no k, shapes that do not fit.
         TypeError: a k is not an integer.
 
     Example:
@@ -178,9 +180,6 @@ def prefix_linear(
             f"weight must have shape (out_features, {n}) for an input of shape "
             f"{tuple(input.shape)}, got {tuple(weight.shape)}"
         )
-    if tail_bias is not None:
-        check_shapes(input, weight, tail_bias)
-    check_scale(scale)
     asked = range(n + 1) if ks is None else [int(check_k(k)) for k in ks]
     if not asked or min(asked) < 0 or max(asked) > n:
         raise ValueError(f"ks must be at least one k in 0, ..., n={n}, got {list(asked)}")
@@ -191,20 +190,13 @@ def prefix_linear(
     rows = input[..., : ends[-1]].reshape(math.prod(leading), ends[-1]).to(dtype)
     columns = weight[:, : ends[-1]].to(dtype).T
     total = rows.new_zeros(len(rows), len(weight))
-    total = total if bias is None or scale is not None else total + bias.to(dtype)
+    total = total if bias is None else total + bias.to(dtype)
     totals = []
     with torch.autocast(rows.device.type, enabled=False):  # which would add up in low precision
         for rows_b, columns_b in zip(rows.split(widths, 1), columns.split(widths), strict=True):
             total = torch.addmm(total, rows_b, columns_b)
             totals.append(total)
-    result = torch.stack(totals)  # (len(ends), rows, out_features)
-    if scale is not None:
-        result = result * result.new_tensor([factor_of(k, n) for k in ends])[:, None, None]
-        result = result if bias is None else result + bias.to(dtype)
-    if tail_bias is not None:
-        biases = [tail_bias[k] if k < n else tail_bias.new_zeros(len(weight)) for k in ends]
-        result = result + torch.stack(biases).to(dtype)[:, None]
-    result = result.to(input.dtype).view(len(ends), *leading, len(weight))
+    result = torch.stack(totals).to(input.dtype).view(len(ends), *leading, len(weight))
     if list(asked) == ends:
         return result
     index = torch.tensor([ends.index(k) for k in asked], device=input.device)

@@ -65,17 +65,6 @@ def at_each_k(input, weight, bias, tail_bias, scale, ks):
 
 
 @pytest.mark.parametrize("scale", [None, "sqrt"])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("ks", [None, [3, 0, 6, 3], [0]])
-def test_prefix_linear_with_a_bias_for_each_k(scale, with_bias, ks):
-    input, weight, tail_bias = double(2, 3, 6), double(4, 6), double(6, 4)
-    bias = double(4) if with_bias else None
-    actual = prefix_linear(input, weight, bias, ks, tail_bias=tail_bias, scale=scale)
-    expected = at_each_k(input, weight, bias, tail_bias, scale, range(7) if ks is None else ks)
-    assert_same_with_gradients(actual, expected, [input, weight, tail_bias] + [bias] * with_bias)
-
-
-@pytest.mark.parametrize("scale", [None, "sqrt"])
 @pytest.mark.parametrize("batch_dim", [0, 1, (1, 0), ()])
 @pytest.mark.parametrize("stratified", [True, False])
 def test_tail_linear_has_the_draws_of_tail_dropout(scale, batch_dim, stratified):

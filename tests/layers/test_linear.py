@@ -17,6 +17,11 @@ from taildropout import TailDropout, TailLinear
 
 N, OUT = 7, 5
 
+# What loads torch's forward-mode derivatives announces the end of torch.jit.script.
+torch_warns_about_itself = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)
+
 
 def double(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -154,6 +159,7 @@ def test_autocast_has_the_dtype_of_a_linear():
     assert [output.dtype for output in outputs] == [torch.bfloat16] * 3
 
 
+@torch_warns_about_itself
 @pytest.mark.parametrize("scale", [None, "sqrt"])
 def test_derivatives_of_all_orders_and_modes(scale):
     layer, k = trained(scale=scale), torch.tensor([0, 2, N, 4])
@@ -169,6 +175,7 @@ def test_derivatives_of_all_orders_and_modes(scale):
     assert torch.autograd.gradgradcheck(lambda *a: call(*a).square(), arguments)
 
 
+@torch_warns_about_itself
 def test_functional_transforms():
     layer, x = trained(scale="sqrt").eval(), double(3, N).detach()
     layer.set_k(2)
@@ -407,7 +414,7 @@ def reader_alone(scale):
 
 
 class Around(nn.Module):
-    """A network whose other path does not pass the layer: it can't be run for all ks at once."""
+    """A network whose other path does not pass the layer."""
 
     def __init__(self, scale):
         super().__init__()
@@ -419,7 +426,7 @@ class Around(nn.Module):
 
 
 class Twice(nn.Module):
-    """The layer is called twice, with the same k."""
+    """The layer is called twice, with the same k; what it reads then depends on k."""
 
     def __init__(self, scale):
         super().__init__()
@@ -430,19 +437,87 @@ class Twice(nn.Module):
         return self.reader(self.back(self.reader(self.first(x))))[:, :3]
 
 
+def two_of_them(scale):
+    """And a Linear that alone reads a TailDropout."""
+    second = TailLinear(OUT, 6, scale=scale)
+    nn.init.normal_(second.tail_bias)
+    last = nn.Sequential(td.TailDropout(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Linear(4, N), trained(scale=scale), nn.Tanh(), second, last)
+
+
+def parametrized(scale):
+    model = reader_alone(scale)
+    nn.utils.parametrizations.weight_norm(model[1])
+    return model
+
+
+class LooksAtValues(nn.Module):
+    """It can't be run for all ks at once: at each k what is behind the layer runs by itself."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.inside = reader_alone(scale)
+
+    def forward(self, x):
+        output = self.inside(x)
+        return output if output.sum() > 0 else 2 * output
+
+
+def losses_at(model, data, width):
+    if width == 0:  # which is measured, but nothing to run a network at
+        width = dict.fromkeys(td.tail_dropouts(model), 0)
+    with td.at_width(model.eval(), width), torch.no_grad():
+        losses = [(model(x) - y).square().mean(1) for x, y in data]
+    return torch.cat(losses).mean()
+
+
+def doubles(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("scale", [None, "sqrt"])
-@pytest.mark.parametrize("make", [reader_alone, Around, Twice])
-def test_scree_is_that_of_runs_with_k(make, scale, caplog):
+@pytest.mark.parametrize("make", [reader_alone, Around, Twice, parametrized, two_of_them])
+def test_scree_is_that_of_runs_with_k(make, scale):
+    """Without a warning that each k runs by itself."""
     model = make(scale).double()
-    data = [(double(9, 4).detach(), double(9, 3).detach()) for _ in range(2)]
-    caplog.set_level("INFO")
-    scree = td.scree(model, nn.MSELoss(), data, progress=False)
-    assert ("runs each k by itself" in caplog.text) == (make is not reader_alone)
-    assert scree.ks == list(range(N + 1))
+    data = [(doubles(9, 4), doubles(9, 3)) for _ in range(2)]
+    layer = None if make is not two_of_them else "*"
+    scree = td.scree(model, nn.MSELoss(), data, layer=layer, progress=False)
+    assert len(scree.ks) > N
     for k, loss in zip(scree.ks, scree.loss, strict=True):
-        with td.at_width(model.eval(), k), torch.no_grad():
-            losses = [nn.functional.mse_loss(model(x), y) for x, y in data]
-        assert_close(loss, torch.stack(losses).mean())
+        assert_close(loss, losses_at(model, data, k))
+
+
+class Counting(nn.Linear):
+    def forward(self, input):
+        self.seen = [*getattr(self, "seen", []), len(input)]
+        return super().forward(input)
+
+
+def test_scree_where_each_k_runs_by_itself_computes_what_is_in_front_once():
+    model = LooksAtValues("sqrt").double()
+    model.inside[0] = Counting(4, N).double()
+    data = [(doubles(9, 4), doubles(9, 3)), (doubles(5, 4), doubles(5, 3))]
+    with pytest.warns(UserWarning, match="runs each k by itself"):
+        scree = td.scree(model, nn.MSELoss(), data, progress=False)
+    assert model.inside[0].seen.count(5) == 1
+    for k, loss in zip(scree.ks, scree.loss, strict=True):
+        assert_close(loss, losses_at(model, data, k))
+
+
+@pytest.mark.parametrize("features", ["random", "principal"])
+def test_scree_of_other_features_has_no_further_bias(features):
+    """It is made for the first k. They are those of a Linear behind a TailDropout."""
+    model = reader_alone(None).double()
+    layer = model[1]
+    linear = nn.Linear(N, OUT).double()
+    linear.weight, linear.bias = layer.weight, layer.bias
+    other = nn.Sequential(model[0], td.TailDropout(), linear, *model[2:])
+    data = [(doubles(9, 4), doubles(9, 3)) for _ in range(2)]
+    screes = [
+        td.scree(m, nn.MSELoss(), data, features=features, progress=False) for m in (model, other)
+    ]
+    assert_close(screes[0].loss, screes[1].loss)
 
 
 def test_scree_of_rows_that_the_first_check_does_not_see():
