@@ -161,7 +161,10 @@ def become_linear(layer: TailLinear, k: int) -> None:
         row = layer.tail_bias[k].double()
         total = row if layer.bias is None else layer.bias.double() + row
         layer.bias = _like(total, layer.weight if layer.bias is None else layer.bias)
+    if layer.dropout.together is not None:
+        layer.dropout.together.replace(layer.dropout)
     if isinstance(layer.dropout, FittedTailDropout):
+        layer.dropout.together = None
         layer.dropout.lengths, layer.dropout.multiple_of = Full(), 1  # it drops no more
         layer.register_forward_pre_hook(ApplyChildToInput("dropout"), with_kwargs=True)
     else:

@@ -39,6 +39,7 @@ def finalize(model: nn.Module) -> nn.Module:
     | a TailDropout in a Sequential, or an attribute of a module | `nn.Identity` |
     | a TailDropout by `insert` | removed, with its hook |
     | a TailDropout of a pruned network that slices, or adds zeros | `nn.ConstantPad1d`, 2d or 3d |
+    | one by `insert`, at the input of an `nn.Linear` | columns of zeros, or none, in its weight |
     | a TailLinear | `nn.Linear` |
     | a TailMLP | `nn.Sequential` of `fc1`, `activation` and `fc2` |
 
@@ -73,11 +74,16 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
     """The module, changed in place, or another one in its place."""
     if module in done:
         return done[module]
+    if type(module) is TailLinear:
+        become_linear(module, module.in_features)
     applied = set(_drop_hooks(module))
     for attribute, child in list(module._modules.items()):
         if child is None:
             continue
         path = f"{name}.{attribute}" if name else attribute
+        if attribute in applied and _takes_over(module, child):
+            del module._modules[attribute]
+            continue
         plain = _plain(child, path, done)
         if attribute not in applied:
             module._modules[attribute] = plain
@@ -93,6 +99,23 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
     return done[module]
 
 
+def _takes_over(module: nn.Module, child: nn.Module) -> bool:
+    """Let a Linear behind an inserted layer that slices, or adds zeros, do so by its weight."""
+    if not (
+        type(module) is nn.Linear
+        and isinstance(child, FittedTailDropout)
+        and child.behind == 0
+        and child.arrives is not None
+        and module.in_features == child.size
+    ):
+        return False
+    weight = module.weight.detach()[:, : child.width]
+    weight = functional.pad(weight, (0, child.arrives - child.width))
+    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    module.in_features = child.arrives
+    return True
+
+
 def _in_place_of(module: nn.Module, name: str) -> nn.Module:
     """Of a module whose children are plain."""
     plain: nn.Module
@@ -104,9 +127,6 @@ def _in_place_of(module: nn.Module, name: str) -> nn.Module:
             f"module {name!r} is a {type(module).__name__}, whose forward is its own: replace it "
             "by what it should be without this library"
         )
-    if type(module) is TailLinear:
-        become_linear(module, module.in_features)
-        return module
     if isinstance(module, TailMLP):
         plain = _sequential(module, name)
     elif isinstance(module, FittedTailDropout):

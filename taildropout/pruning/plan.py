@@ -13,7 +13,14 @@ from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.sharded import check_whole_tensors
-from ..models.width import Widths, layer_ks, rounded_up, warn_of_never_called, widths_by_layer
+from ..models.width import (
+    Widths,
+    at_no_width,
+    layer_ks,
+    rounded_up,
+    warn_of_never_called,
+    widths_by_layer,
+)
 from .conditions import conditions_of
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
@@ -119,22 +126,23 @@ class PrunePlan:
         """
         if not self.checked:
             return self.at(self.k).apply(model, dtype=dtype)
-        small = self._cut_copy(model)
-        for layer in tail_dropouts(small).values():
-            layer.set_k(None)
-        few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
-        if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
-            dtype = torch.float64
-        compared = verify(
-            model,
-            small,
-            self._cut_copy,
-            self.k,
-            self.example_inputs,
-            self.reading.flow.paths.other_inputs(),
-            dtype=dtype,
-            output_cuts=self.output_cuts,
-        )
+        with at_no_width(model):
+            small = self._cut_copy(model)
+            for layer in tail_dropouts(small).values():
+                layer.set_k(None)
+            few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
+            if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
+                dtype = torch.float64
+            compared = verify(
+                model,
+                small,
+                self._cut_copy,
+                self.k,
+                self.example_inputs,
+                self.reading.flow.paths.other_inputs(),
+                dtype=dtype,
+                output_cuts=self.output_cuts,
+            )
         self.verifications.append(compared)
         fit_configs(small, model, self.example_inputs)
         return small
@@ -154,15 +162,16 @@ class PrunePlan:
         with the predicted one, which takes a fraction of the time: enough to know costs. `apply`
         makes up for it.
         """
-        return _plan(
-            self.model,
-            k,
-            self.example_inputs,
-            self.reading,
-            self.multiple_of if multiple_of is None else check_multiple_of(multiple_of),
-            self.outputs if outputs is None else outputs,
-            check,
-        )
+        with at_no_width(self.model):
+            return _plan(
+                self.model,
+                k,
+                self.example_inputs,
+                self.reading,
+                self.multiple_of if multiple_of is None else check_multiple_of(multiple_of),
+                self.outputs if outputs is None else outputs,
+                check,
+            )
 
     def sweep(self, ks: Iterable[Widths], *, repeats: int = 15) -> Sweep:
         """What the network would cost at other ks: parameters, FLOPs, and measured time.
@@ -337,8 +346,9 @@ def plan_pruning(
     widths_by_layer(model, k)  # complains before anything is read
     check_whole_tensors(model)
     multiple_of = check_multiple_of(multiple_of)
-    reading = Reading(model, example_inputs)
-    plan = _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
+    with at_no_width(model):
+        reading = Reading(model, example_inputs)
+        plan = _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
     warn_of_never_called([name for name in reading.flow.never_called if name not in plan.k])
     return plan
 
