@@ -307,7 +307,10 @@ def features_of(
         else:
             seen[module].add(output.shape[module.dropout_dim])
 
-    with hooked(dict.fromkeys(seen, look)):
+    with ExitStack() as stack:
+        for layer in seen:  # where a k is set, a TailLinear or TailMLP need not call its layer
+            stack.enter_context(layer.using_width(None))
+        stack.enter_context(hooked(dict.fromkeys(seen, look)))
         call(model, inputs)
     called = {name: layer for name, layer in layers.items() if seen[layer]} or layers
     for name, layer in called.items():

@@ -18,6 +18,7 @@ from ..layers import TailLinear
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
+from ..models.names import name_in
 from .cost import Cost, costs_by_module
 from .outputs import OutputCut, cuts_of_outputs
 
@@ -178,10 +179,10 @@ def _cuts(flow: Dataflow, found: Solution) -> list[Cut]:
         for name in flow.names.get(node, [])
     ]
     cuts += [  # which has the outputs of the weight, and is in no dataflow
-        Cut(f"{linear}.tail_bias", 1, cut.size, cut.keep)
+        Cut(name_in(linear, "tail_bias"), 1, cut.size, cut.keep)
         for linear in flow.tail_linears
         for cut in cuts
-        if (cut.name, cut.dim) == (f"{linear}.weight", 0)
+        if (cut.name, cut.dim) == (name_in(linear, "weight"), 0)
     ]
     return sorted(cuts, key=lambda cut: (order[cut.name], cut.dim))
 
@@ -194,13 +195,14 @@ def _to_linears(flow: Dataflow, k: dict[str, int]) -> Iterator[ToLinear]:
         linear = flow.model.get_submodule(name)
         if type(linear) is not TailLinear or linear._parameters.get("weight") is None:
             raise PruningError(
-                f"module {name!r} must be a TailLinear with a weight of its own to become an "
-                f"nn.Linear, got {type(linear).__name__}: remove parametrizations first"
+                f"module {name!r} must be a plain TailLinear to become an nn.Linear, got "
+                f"{type(linear).__name__}, which has a forward or a parametrization of its own: "
+                f"remove it, or leave layer {layer!r} out of k"
             )
         changed = ["weight"] if linear.scale is not None else []
         for attribute in (*changed, "bias") if k[layer] < flow.n_of(layer) else ():
             for node, names in flow.names.items():
-                if f"{name}.{attribute}" in names:
+                if name_in(name, attribute) in names:
                     others = [o for o in flow.users[node] if _layer_in_front(flow, o) != layer]
                     if others:
                         raise PruningError(

@@ -14,6 +14,7 @@ from ..layers import TailDropout, TailLinear, TailMLP
 from ..layers.fitted import FittedTailDropout
 from ..layers.linear import become_linear
 from ..models.insert import tail_dropouts
+from ..models.names import name_in
 
 _LIBRARY = __name__.partition(".")[0]
 _FORWARDS = (
@@ -39,7 +40,7 @@ def finalize(model: nn.Module) -> nn.Module:
     | a TailDropout in a Sequential, or an attribute of a module | `nn.Identity` |
     | a TailDropout by `insert` | removed, with its hook |
     | a TailDropout of a pruned network that slices, or adds zeros | `nn.ConstantPad1d`, 2d or 3d |
-    | one by `insert`, at the input of an `nn.Linear` | columns of zeros, or none, in its weight |
+    | one that slices, by `insert` at the input of an `nn.Linear` | columns of zeros in its weight |
     | a TailLinear | `nn.Linear` |
     | a TailMLP | `nn.Sequential` of `fc1`, `activation` and `fc2` |
 
@@ -80,7 +81,7 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
     for attribute, child in list(module._modules.items()):
         if child is None:
             continue
-        path = f"{name}.{attribute}" if name else attribute
+        path = name_in(name, attribute)
         if attribute in applied and _takes_over(module, child):
             del module._modules[attribute]
             continue
@@ -100,17 +101,16 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
 
 
 def _takes_over(module: nn.Module, child: nn.Module) -> bool:
-    """Let a Linear behind an inserted layer that slices, or adds zeros, do so by its weight."""
+    """Give a Linear behind an inserted layer that slices columns of zeros, if that is what it is."""
     if not (
         type(module) is nn.Linear
         and isinstance(child, FittedTailDropout)
         and child.behind == 0
         and child.arrives is not None
-        and module.in_features == child.size
+        and child.width == child.size == module.in_features
     ):
         return False
-    weight = module.weight.detach()[:, : child.width]
-    weight = functional.pad(weight, (0, child.arrives - child.width))
+    weight = functional.pad(module.weight.detach(), (0, child.arrives - child.width))
     module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     module.in_features = child.arrives
     return True

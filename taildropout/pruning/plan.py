@@ -453,6 +453,7 @@ def _changes(
     return [
         Change(name, type(model.get_submodule(name)).__name__, pairs, before[name], after[name])
         for name, pairs in shapes.items()
+        if name in before  # a module with several names has one cost
     ]
 
 

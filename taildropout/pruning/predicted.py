@@ -20,6 +20,7 @@ from ..graph.dataflow import Dataflow
 from ..graph.exports import LAYER, Export, export, is_tensor, shape, size_of, traceable
 from ..graph.rules import RULES, is_known
 from ..models.copies import PruningError, structural_copy
+from ..models.names import name_in
 from .cuts import Findings, Reading
 from .surgery import operate
 from .verify import does_not_run
@@ -153,7 +154,7 @@ class _SideBySide:
         self.flow, self.found = flow, found
         self.large, self.small = large, small
         new_biases = {fold.name for fold in found.folds}
-        new_biases |= {f"{to_linear.name}.bias" for to_linear in found.to_linears}
+        new_biases |= {name_in(to_linear.name, "bias") for to_linear in found.to_linears}
         fitted = {fit.layer for fit in found.fits}
         to_linears = {to_linear.name for to_linear in found.to_linears}
         self.dissolved = {
