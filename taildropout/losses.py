@@ -30,6 +30,9 @@ class PrefixLoss(nn.Module):
     1/draws and is drawn from `lengths` otherwise: `Mixed([Full(), lengths], [1, draws - 1])`. In
     eval it is the plain loss, of whole embeddings.
 
+    Compiled code stops for it, since it would be compiled for each k anew; the loss itself may be
+    compiled: `PrefixLoss(torch.compile(loss, dynamic=True))`.
+
     Args:
         loss: a function or module of embeddings, and of anything else, that returns a tensor.
         lengths: distribution of k. A k of 0 is never drawn: the others keep their proportions.
@@ -51,14 +54,15 @@ class PrefixLoss(nn.Module):
     Raises:
         ValueError: fewer than 2 draws; in a call, no floating-point tensor to cut, or embeddings
             that are named and have different numbers of features; lengths that only draw 0.
-        TypeError: a loss that can't be called, lengths without a pmf.
+        TypeError: a loss that can't be called or returns no tensor, lengths without a pmf.
 
     Example:
-        >>> _ = torch.manual_seed(0)
-        >>> loss = PrefixLoss(nn.TripletMarginLoss(), draws=4)
+        >>> from taildropout.lengths import Sizes
+        >>> loss = PrefixLoss(nn.L1Loss(), Sizes([1]), draws=2)
+        >>> loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]]))  # of 1, and of 1 and 3
+        tensor(1.5000)
         >>> anchor, positive, negative = torch.randn(3, 8, 16, requires_grad=True)
-        >>> loss(anchor, positive, negative)
-        tensor(1.0000, grad_fn=<AddBackward0>)
+        >>> PrefixLoss(nn.TripletMarginLoss(), draws=4)(anchor, positive, negative).backward()
 
     Source: the lengths of nested dropout, one k for the whole batch, with full width in each step
     as in Matryoshka training (Kusupati et al. 2022, arXiv 2205.13147).
@@ -78,8 +82,10 @@ class PrefixLoss(nn.Module):
         super().__init__()
         if not callable(loss):
             raise TypeError(f"loss must be a function or module of embeddings, got {loss!r}")
-        if draws < 2:
-            raise ValueError(f"draws must be at least 2, full width and one k, got {draws}")
+        if not isinstance(draws, int) or draws < 2:
+            raise ValueError(
+                f"draws must be an int, at least 2 for full width and a k, got {draws}"
+            )
         self.loss = loss
         self.lengths = check_lengths(lengths)
         self.draws = draws
@@ -89,10 +95,29 @@ class PrefixLoss(nn.Module):
         self.generator = generator
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = self._at_several_ks if self.training else self._at_full_width
+        if self.training and torch.compiler.is_compiling():  # which would compile for each k anew
+            call = torch.compiler.disable(call)
+        return call(args, kwargs)
+
+    def _at_full_width(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        n, loss_at = self._losses(args, kwargs)
+        return loss_at(n)
+
+    def _at_several_ks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        n, loss_at = self._losses(args, kwargs)
+        drawn = draw(_NotZero(self.lengths), n, self.draws - 1, generator=self.generator)
+        counts = Counter([n, *drawn.tolist()])
+        losses = [loss_at(k) * (count / self.draws) for k, count in counts.items()]
+        return sum(losses[1:], losses[0])
+
+    def _losses(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, Callable[[int], Tensor]]:
+        """n, and the loss of the first k features."""
         arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
         named = tuple(arguments) if self.embeddings is None else self.embeddings
         embeddings = self._embeddings_in(arguments, named)
-        n = embeddings[0].shape[self.dim]
 
         def loss_at(k: int) -> Tensor:
             cut = {id(embedding): self._prefix(embedding, k) for embedding in embeddings}
@@ -100,16 +125,14 @@ class PrefixLoss(nn.Module):
                 name: tree_map(lambda leaf: cut.get(id(leaf), leaf), arguments[name])
                 for name in named
             }
-            return self.loss(
+            loss = self.loss(
                 *[new[i] for i in range(len(args))], **{key: new[key] for key in kwargs}
             )
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the loss must return a tensor, got {type(loss).__name__}")
+            return loss
 
-        if not self.training:
-            return loss_at(n)
-        drawn = draw(_NotZero(self.lengths), n, self.draws - 1, generator=self.generator)
-        counts = Counter([n, *drawn.tolist()])
-        losses = [loss_at(k) * (count / self.draws) for k, count in counts.items()]
-        return sum(losses[1:], losses[0])
+        return embeddings[0].shape[self.dim], loss_at
 
     def _embeddings_in(
         self, arguments: dict[int | str, Any], named: Sequence[int | str]

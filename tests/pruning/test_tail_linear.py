@@ -355,10 +355,10 @@ def test_the_budget_is_spent_on_it():
     model = nn.Sequential(nn.Linear(4, N), nn.ReLU(), reader(N, 6), *last).double()
     data = [(doubles(20, 4), doubles(20, 3))]
     path = td.choose_widths(model, nn.MSELoss(), data, 0.5, data[0][0], progress=False)
-    small = td.prune(model, path.k, data[0][0])
+    small = td.prune(model, path.widths, data[0][0])
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert sizes[0] <= 0.5 * sizes[1]
-    assert_computes(small, model, path.k, (5, 4))
+    assert_computes(small, model, path.widths, (5, 4))
 
 
 # --- files and deployment -----------------------------------------------------------------------
