@@ -53,7 +53,7 @@ class TailLinear(HoldsDropout, nn.Linear):
 
     Raises:
         ValueError: p outside [0, 1] or NaN, another word for `scale`; in a call, an input of
-            another number of features.
+            another number of features, and a `DTensor` where anything is dropped.
 
     Warns:
         UserWarning: once, when a k is set in eval that the lengths never draw, and whose row is
@@ -104,6 +104,11 @@ class TailLinear(HoldsDropout, nn.Linear):
         k = self.dropout.k_for(input)
         if k is None:
             return linear(self.dropout(input), self.weight, self.bias)
+        if self.dropout.device_mesh is not None:
+            raise ValueError(
+                "the TailDropout of a TailLinear takes no device_mesh, since it needs all features "
+                "in each process: set it to None"
+            )
         if isinstance(k, int) and not (self.training or torch.compiler.is_compiling()):
             self._warn_if_untrained(k)
         return linear_at(k, input, self.weight, self.bias, self.tail_bias, self.scale)
