@@ -1,7 +1,8 @@
 """Train once, choose the width later."""
 
 from . import draws, functional, lengths
-from .layers import TailDropout, TailMLP
+from .layers import TailDropout, TailLinear, TailMLP
+from .losses import PrefixLoss
 from .measuring.curve import Scree
 from .measuring.live import LiveScree
 from .measuring.scree import scree
@@ -20,11 +21,9 @@ from .showing.report import report
 
 __version__ = "0.1.0"
 # fmt: off
-__all__ = [
-    "Choice", "ChosenWidth", "DrawnTogether", "LiveScree", "Nested", "Place", "Places",
-    "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout", "TailMLP",
-    "WidthPath", "WidthStep", "at_width", "choose_widths", "draw_together", "draws",
-    "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned", "nest",
+__all__ = ["Choice", "ChosenWidth", "DrawnTogether", "LiveScree", "Nested", "Place", "Places",
+    "PrefixLoss", "PrunePlan", "PruningError", "Scree", "Sweep", "SweepPoint", "TailDropout",
+    "TailLinear", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draw_together",
+    "draws", "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned", "nest",
     "places", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report",
-    "save_pruned", "scree", "tail_dropouts",
-]
+    "save_pruned", "scree", "tail_dropouts"]

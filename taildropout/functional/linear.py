@@ -1,13 +1,148 @@
-"""Linear layers on all prefixes at once."""
+"""Linear layers that read a prefix: one for each sample, and all at once."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 
-from ..lengths import Lengths, check_lengths
-from .checks import check_k
+from ..draws import draw
+from ..lengths import Lengths, check_lengths, lengths_or_exponential
+from .checks import check_droppable, check_k, resolve_dims, spread
+from .prefix import zero_tail
+from .shards import check_whole_linear
+
+Scale = Literal["sqrt"] | None
+
+
+def tail_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail_bias: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    batch_dim: int | Sequence[int] = 0,
+    *,
+    lengths: Lengths | None = None,
+    stratified: bool = True,
+    scale: Scale = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`linear(tail_dropout(input), weight, bias)`, and a further bias for the k of each sample.
+
+    In training a fresh k is drawn for each index of `batch_dim`. Where features are dropped, k < n,
+    the row k of `tail_bias` is added: it can learn what the tail would have added on average. With
+    `training=False` it is `linear(input, weight, bias)`.
+
+    Args:
+        input: `(..., n)`.
+        weight: `(out_features, n)`.
+        bias: `(out_features,)`, or None.
+        tail_bias: `(n, out_features)`.
+        p: expected fraction of features dropped, E[1 - k/n], in [0, 1]; not used if `lengths` is
+            given.
+        training: whether to drop.
+        batch_dim: the dim, or dims, of the input whose every index draws its own k.
+        lengths: distribution of k. None: `Exponential(p)`.
+        stratified: spread the ks of one call evenly over their distribution.
+        scale: "sqrt" multiplies the prefix by sqrt(n/k), so that sums over it keep their size
+            where features are independent. None: nothing is rescaled.
+        generator: source of randomness, torch's global one by default.
+
+    Returns:
+        Shape `(..., out_features)`.
+
+    Raises:
+        ValueError: p outside [0, 1] or NaN, shapes that do not fit, another word for `scale`.
+        IndexError: a dim that the input does not have.
+        TypeError: lengths without a pmf, dims that are no ints.
+
+    Example:
+        >>> from taildropout.lengths import Sizes
+        >>> x, weight = torch.ones(1, 3), torch.tensor([[1.0, 10.0, 100.0]])
+        >>> tail_bias = torch.tensor([[0.1], [0.2], [0.3]])
+        >>> tail_linear(x, weight, None, tail_bias, lengths=Sizes([2]))  # 1 + 10 + 0.3
+        tensor([[11.3000]])
+    """
+    lengths = lengths_or_exponential(lengths, p)
+    check_scale(scale)
+    if not training:
+        return linear(input, weight, bias)
+    check_droppable(input)
+    batch_dims, dim = resolve_dims(input, batch_dim, -1)
+    samples = [input.shape[d] for d in batch_dims]
+    k = draw(
+        lengths,
+        input.shape[dim],
+        math.prod(samples),
+        stratified=stratified,
+        device=input.device,
+        generator=generator,
+    ).view(samples)
+    return linear_at(spread(k, input, batch_dims), input, weight, bias, tail_bias, scale)
+
+
+def linear_at(
+    k: int | Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail_bias: Tensor,
+    scale: Scale,
+) -> Tensor:
+    """`tail_linear` at a k: an int, or a tensor that broadcasts against the input."""
+    check_shapes(input, weight, tail_bias)
+    check_whole_linear(input, weight, tail_bias)
+    n = input.shape[-1]
+    if isinstance(k, int):  # one for all: the tail need not be read
+        prefix = input[..., :k]
+        prefix = prefix if scale is None else prefix * factor_of(k, n)
+        output = linear(prefix, weight[:, :k], bias)
+        return output if k == n else output + tail_bias[k].to(output.dtype)
+    k = k.to(input.device)
+    prefix = zero_tail(input, k, -1, inplace=False)
+    prefix = prefix if scale is None else (prefix * factors_of(k, n, input.dtype)).to(input.dtype)
+    return with_tail_bias(linear(prefix, weight, bias), k, tail_bias)
+
+
+def with_tail_bias(output: Tensor, k: Tensor, tail_bias: Tensor) -> Tensor:
+    """The output, and for each k < n its row; k broadcasts against the output."""
+    n = len(tail_bias)
+    if n == 0:
+        return output
+    k = k.squeeze(-1) if k.ndim else k  # (...)
+    rows = embedding(k.clamp(max=n - 1), tail_bias)  # (..., out_features)
+    rows = torch.where((k < n).unsqueeze(-1), rows, rows.new_zeros(()))
+    return output + rows.to(output.dtype)
+
+
+def factor_of(k: int, n: int) -> float:
+    """What the scale "sqrt" multiplies a prefix by; an empty one may be left as it is."""
+    return math.sqrt(n / k) if k else 1.0
+
+
+def factors_of(k: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """`factor_of` of each k, in float32 at least."""
+    factors = (n / k.clamp(min=1).double()).sqrt().clamp(min=1)
+    return factors.to(torch.promote_types(dtype, torch.float32))
+
+
+def check_shapes(input: Tensor, weight: Tensor, tail_bias: Tensor) -> None:
+    n = input.shape[-1] if input.ndim else None
+    if weight.ndim != 2 or weight.shape[1] != n or tail_bias.shape != weight.T.shape:
+        raise ValueError(
+            "input (..., n), weight (out_features, n) and tail_bias (n, out_features) must fit, got "
+            f"{tuple(input.shape)}, {tuple(weight.shape)} and {tuple(tail_bias.shape)}"
+        )
+
+
+def check_scale(scale: Scale) -> Scale:
+    if scale not in (None, "sqrt"):
+        raise ValueError(f'scale must be "sqrt" or None, got {scale!r}')
+    return scale
 
 
 def prefix_linear(

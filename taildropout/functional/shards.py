@@ -112,6 +112,16 @@ def check_whole_mlp(*tensors: Tensor, modules: Sequence[nn.Module] = ()) -> None
         )
 
 
+def check_whole_linear(*tensors: Tensor) -> None:
+    """What has a further bias for each k must see all features."""
+    if any(map(is_sharded, tensors)):
+        raise ValueError(
+            "a TailLinear, which has a bias for each number of its features, needs its whole input "
+            "and weights in each process, got a DTensor: gather them with full_tensor(), or use "
+            "fully_shard, under which they are whole while it runs"
+        )
+
+
 def _spans(whole: "DTensor") -> list[tuple[int, int]]:
     """Where this process's part starts along each dim, and how long it is."""
     from torch.distributed.tensor import Shard

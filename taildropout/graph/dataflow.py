@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from ..layers import TailLinear
 from ..layers.fitted import FittedTailDropout
 from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
@@ -70,6 +71,7 @@ class Dataflow:
         names: of parameters and buffers; tied ones have several.
         same: the value that stands for a node, where several are one tensor.
         layers: the model's TailDropouts by name.
+        tail_linears: the model's TailLinears by name, and the names of their TailDropouts.
         n: the number of features of each layer that the model calls with one number of them.
     """
 
@@ -82,6 +84,12 @@ class Dataflow:
     ) -> None:
         self.model = model
         self.layers = tail_dropouts(model)
+        names = {layer: name for name, layer in self.layers.items()}
+        self.tail_linears = {
+            name: names[module.dropout]
+            for name, module in model.named_modules()
+            if isinstance(module, TailLinear)
+        }
         self.paths = read_paths(model, example_inputs, knows, most_paths)
         self.operations: dict[fx.Node, Operation] = {}
         self.values: list[fx.Node] = []

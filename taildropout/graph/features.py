@@ -72,6 +72,7 @@ def solve(
     kept.add(_needs(flow, say, norms, ties))
     kept.add(_needs_of_outputs(flow, constants, ties, tails))
     kept.add(_needs_of_whole(flow, ties, whole))
+    kept.add(_needs_of_tail_linears(flow, ties, ks))
     for read in reads:
         kept.add(_needs_of_read(flow, say, constants, read))
     kept.settle()
@@ -349,6 +350,17 @@ def _needs_of_whole(
             if operation.output in whole:
                 text = "has sizes in the model's code, which pruning would change"
                 yield _Need(place, None, where(operation), text)
+
+
+def _needs_of_tail_linears(
+    flow: Dataflow, reached: Collection[Place], ks: dict[str, int]
+) -> Iterator[_Need]:
+    """Those that have no k stay what they are: their biases are for each number of features."""
+    for operation in flow.calls():
+        place, name = (operation.output, layer_dim(operation)), operation.args[1]
+        if place in reached and name not in ks and name in flow.tail_linears.values():
+            text = "is that of a TailLinear, which has a bias for each number of its features"
+            yield _Need(place, None, where(operation), f"{text}: prune it too, to k or to n")
 
 
 def _needs_of_read(flow: Dataflow, say: Say, constants: Constants, read: Read) -> Iterator[_Need]:

@@ -210,10 +210,6 @@ class TailDropout(nn.Module):
         finally:
             self._k, self._width = before
 
-    def set_nothing(self) -> None:
-        """No k, and no width: for a copy that was made while one was in force."""
-        self._k = self._width = None
-
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:
             return self._forward_nested(input)

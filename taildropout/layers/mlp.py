@@ -1,7 +1,6 @@
 """A two-layer MLP with tail dropout in between."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from ..functional.mlp import tail_mlp_of_draw
 from ..functional.shards import check_whole_mlp
 from ..lengths import Lengths, lengths_or_exponential
 from .dropout import TailDropout
+from .holding import HoldsDropout
 
 
-class TailMLP(nn.Module):
+class TailMLP(HoldsDropout, nn.Module):
     """`fc2(TailDropout(activation(fc1(x))))`, which in training never computes the tail.
 
     | state | what is computed |
@@ -124,36 +124,6 @@ class TailMLP(nn.Module):
         sequential = nn.Sequential(*modules)
         sequential.training = self.training
         return sequential
-
-    @property
-    def p(self) -> float:
-        """Expected fraction of the hidden features dropped."""
-        return self.dropout.p
-
-    @p.setter
-    def p(self, p: float) -> None:
-        self.dropout.p = p
-
-    @property
-    def k(self) -> int | Tensor | None:
-        """The k that is set, or None."""
-        return self.dropout.k
-
-    def set_k(self, k: int | Tensor | None) -> None:
-        """As `TailDropout.set_k`."""
-        self.dropout.set_k(k)
-
-    @contextmanager
-    def using_k(self, k: int | Tensor | None) -> Iterator["TailMLP"]:
-        """As `TailDropout.using_k`."""
-        with self.dropout.using_k(k):
-            yield self
-
-    @contextmanager
-    def using_width(self, w: float | None) -> Iterator["TailMLP"]:
-        """As `TailDropout.using_width`."""
-        with self.dropout.using_width(w):
-            yield self
 
     def forward(self, input: Tensor) -> Tensor:
         n = self.fc1.out_features

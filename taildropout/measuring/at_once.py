@@ -3,21 +3,22 @@
 `torch.vmap` runs the network once for many ks: what does not depend on k is computed once, also
 around residual connections, and the rest for all ks together. That takes memory, so the ks come
 in chunks, and what comes in front of the layer is computed in the first of them only. Where one
-`nn.Linear` reads the layer, its outputs for all ks are a running sum.
+`nn.Linear` reads the layer, or it is that of a TailLinear, its outputs for all ks are a running sum.
 
 Not all code runs under vmap. So each way of computing the losses is compared with plain runs,
 which set k, before it is trusted, and there are slower ones to fall back on.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import TailDropout
+from ..layers import TailDropout, TailLinear
+from ..layers.holding import HoldsDropout
 from ..models.copies import first_line
 from ..models.hooks import hooked, with_forwards
 from ..models.inputs import Inputs, call, tensors_of
@@ -59,6 +60,18 @@ class Losses:
         self.model, self.loss, self.name, self.memory = model, loss, name, memory
         self.cuts = cuts
         self.before = modules_without(model, cuts)
+        self.holders = [
+            module
+            for module in model.modules()
+            if isinstance(module, HoldsDropout) and module.dropout in cuts
+        ]
+        self.tail_linears: dict[nn.Linear, TailDropout] = {
+            module: module.dropout
+            for module in model.modules()
+            if isinstance(module, TailLinear)
+            and module.dropout in cuts
+            and type(module).forward is TailLinear.forward
+        }
         self.numbers = RandomNumbers(model)
         self.ways = [
             self._with_running_sums,
@@ -126,7 +139,7 @@ class Losses:
 
     def _one_by_one_from_the_layer(self, inputs: Inputs, target: Any, grid: Grid) -> Tensor:
         losses = []
-        with self._once() as once:
+        with self._once(self.holders) as once:  # which need not call their layer where k is set
             for ks in grid:
                 once.start_again()
                 losses.append(self._one_by_one(inputs, target, [ks]))
@@ -144,7 +157,7 @@ class Losses:
         grid: Grid,
         readers: Mapping[nn.Linear, TailDropout] | None = None,
     ) -> Tensor:
-        readers = readers or {}
+        readers = {**self.tail_linears, **(readers or {})}
         bytes_of_point = self._bytes_of_point(inputs, set(readers.values()))
         enough = max(2, _ENOUGH // bytes_of_point) if self.trusted else 2  # chunks, to be checked
         size = max(1, min(enough, self.memory // bytes_of_point))
@@ -182,9 +195,10 @@ class Losses:
             forward = linear.forward
 
             def read(input: Tensor) -> Tensor:
-                if input is not passed.get(layer):
+                features: Tensor = layer(input) if linear in self.tail_linears else input
+                if features is not passed.get(layer):
                     return forward(input)
-                return self.cuts[layer].read(input, ks[layer], linear.weight, linear.bias)
+                return self.cuts[layer].read(features, ks[layer], linear)
 
             return read
 
@@ -199,8 +213,9 @@ class Losses:
             yield
 
     @contextmanager
-    def _once(self) -> Iterator[RunOnce]:
-        once = RunOnce(self.cuts, self.before, self.changed, self.numbers)
+    def _once(self, also_reached: Collection[nn.Module] = ()) -> Iterator[RunOnce]:
+        reached = [*self.cuts, *also_reached]
+        once = RunOnce(reached, self.before, self.changed, self.numbers)
         with once.in_force():
             yield once
 
@@ -220,7 +235,7 @@ class Losses:
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             behind = any(passed.values())
-            is_leaf = not list(module.children())
+            is_leaf = isinstance(module, TailLinear) or not list(module.children())
             for tensor in tensors_of(output):
                 if not behind:
                     returned.append((module, tensor, _version(tensor)))
@@ -230,7 +245,8 @@ class Losses:
                 if is_leaf and args and any(args[0] is tensor for tensor in features):
                     readers[layer].append(module)
 
-        hooks: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self.before, look)
+        looked_at = [*self.before, *self.tail_linears]
+        hooks: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(looked_at, look)
         with hooked({**hooks, **dict.fromkeys(self.cuts, mark)}):
             call(self.model, inputs)
         self.bytes_of_inputs = sum(tensor.nbytes for tensor in tensors_of(inputs))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import keep_prefix
-from ..layers import TailDropout
+from ..functional.linear import factors_of, with_tail_bias
+from ..layers import TailDropout, TailLinear
 from ..models.hooks import hooked
 from ..models.inputs import Inputs, call, pair_of, to_device
 from .moments import Moments, of_all_processes
@@ -39,8 +40,8 @@ class Cut(Protocol):
         """What is left of the features, in their shape; k has no dims."""
         ...
 
-    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`linear(keep(features, k), weight, bias)`; under vmap over k a running sum."""
+    def read(self, features: Tensor, k: Tensor, linear: nn.Linear) -> Tensor:
+        """What the Linear, or TailLinear, makes of them; under vmap over k a running sum."""
         ...
 
 
@@ -56,8 +57,16 @@ class First:
     def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
         return keep_prefix(features, k, self.dim)
 
-    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_of_prefix(features, k, weight, bias)
+    def read(self, features: Tensor, k: Tensor, linear: nn.Linear) -> Tensor:
+        if not isinstance(linear, TailLinear):
+            return linear_of_prefix(features, k, linear.weight, linear.bias)
+        output = linear_of_prefix(features, k, linear.weight)
+        k = k.to(output.device)
+        if linear.scale is not None:
+            factor = factors_of(k, features.shape[-1], output.dtype)
+            output = (output * factor).to(output.dtype)
+        output = output if linear.bias is None else output + linear.bias
+        return with_tail_bias(output, k, linear.tail_bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +91,9 @@ class Random:
         kept = (place < k).view(-1, *[1] * (features.ndim - behind))
         return torch.where(kept, features, features.new_zeros(()))
 
-    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def read(self, features: Tensor, k: Tensor, linear: nn.Linear) -> Tensor:
         order = self.order(features.shape[-1]).to(features.device)
-        return linear_of_prefix(features[..., order], k, weight[:, order], bias)
+        return linear_of_prefix(features[..., order], k, linear.weight[:, order], linear.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +149,11 @@ class Principal:
         kept = linear_of_prefix(codes, torch.as_tensor(k), axes, mean)
         return kept.movedim(-1, self.dim).to(features.dtype)
 
-    def read(self, features: Tensor, k: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def read(self, features: Tensor, k: Tensor, linear: nn.Linear) -> Tensor:
         mean, axes = self._like(features)
         codes = (features.to(mean.dtype) - mean) @ axes
-        weight = weight.to(mean.dtype)
-        start = weight @ mean if bias is None else weight @ mean + bias
+        weight = linear.weight.to(mean.dtype)
+        start = weight @ mean if linear.bias is None else weight @ mean + linear.bias
         return linear_of_prefix(codes, k, weight @ axes, start).to(features.dtype)
 
     def _like(self, features: Tensor) -> tuple[Tensor, Tensor]:

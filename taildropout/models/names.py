@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.holding import HoldsDropout
 from ..layers.hooks import inserted_children
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -22,12 +23,18 @@ def plain_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+def name_in(module: str, child: str) -> str:
+    """The name of what a module holds; the model's own name is empty."""
+    return f"{module}.{child}" if module else child
+
+
 def names_of_layer(model: nn.Module, name: str) -> set[str]:
-    """What a layer answers to: its name, also without wrappers, and, of an inserted one, that of
-    the module at which it is."""
+    """What a layer answers to: its name, also without wrappers, and, of an inserted one or that of
+    a TailLinear or TailMLP, the name of the module at which it is."""
     owner, _, child = name.rpartition(".")
     names = {name, plain_name(model, name)}
-    if child in inserted_children(model.get_submodule(owner)):
+    module = model.get_submodule(owner)
+    if isinstance(module, HoldsDropout) or child in inserted_children(module):
         names |= {owner, plain_name(model, owner)} - {""}
     return names
 

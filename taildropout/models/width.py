@@ -238,6 +238,17 @@ def at_width(model: nn.Module, widths: Widths) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def at_no_width(model: nn.Module) -> Iterator[None]:
+    """Inside, only the ks that are set are in force: a copy would never leave a with block."""
+    with ExitStack() as stack:
+        for layer in tail_dropouts(model).values():
+            k = layer.k
+            stack.enter_context(layer.using_width(None))
+            layer.set_k(k)
+        yield
+
+
+@contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """In eval mode, at the ks that are set; afterwards modes, ks and random numbers as before."""
     training = {module: module.training for module in model.modules()}
@@ -296,7 +307,10 @@ def features_of(
         else:
             seen[module].add(output.shape[module.dropout_dim])
 
-    with hooked(dict.fromkeys(seen, look)):
+    with ExitStack() as stack:
+        for layer in seen:  # where a k is set, a TailLinear or TailMLP need not call its layer
+            stack.enter_context(layer.using_width(None))
+        stack.enter_context(hooked(dict.fromkeys(seen, look)))
         call(model, inputs)
     called = {name: layer for name, layer in layers.items() if seen[layer]} or layers
     for name, layer in called.items():

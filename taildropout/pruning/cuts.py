@@ -7,15 +7,18 @@ from functools import cached_property
 from torch import Tensor, fx, nn
 
 from ..functional.checks import check_k_at_most
-from ..graph.dataflow import Dataflow, layer_dim
-from ..graph.exports import shape
+from ..functional.linear import factor_of
+from ..graph.dataflow import Dataflow, Operation, layer_dim, where
+from ..graph.exports import LAYER, shape
 from ..graph.features import Solution, contribution, name_of_bias, solve
 from ..graph.norms import Norms
-from ..graph.relations import Place
+from ..graph.relations import Place, Read
 from ..graph.rules import Sayings, is_known
+from ..layers import TailLinear
 from ..layers.fitted import FittedTailDropout
-from ..models.copies import tensors_by_name
+from ..models.copies import PruningError, tensors_by_name
 from ..models.inputs import Inputs
+from ..models.names import name_in
 from .cost import Cost, costs_by_module
 from .outputs import OutputCut, cuts_of_outputs
 
@@ -70,6 +73,14 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class ToLinear:
+    """A TailLinear that becomes an nn.Linear: its bias and weight take in those of its k."""
+
+    name: str
+    k: int
+
+
+@dataclass(frozen=True)
 class Stay:
     """Something that can't go, though k says so: in front of the layer or behind it, and why."""
 
@@ -97,6 +108,7 @@ class Findings:
     rescales: list[Rescale] = field(default_factory=list)
     of_norms: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
     output_cuts: list[OutputCut] = field(default_factory=list)
+    to_linears: list[ToLinear] = field(default_factory=list)
 
 
 class Reading:
@@ -132,6 +144,7 @@ class Reading:
         n = {name: flow.n_of(name) for name in k}
         for name, value in k.items():
             check_k_at_most(value, n[name])
+        to_linears = list(_to_linears(flow, k))
         fitted = {
             name: layer.width
             for name, layer in flow.layers.items()
@@ -146,12 +159,13 @@ class Reading:
             k,
             n,
             _cuts(flow, found),
-            list(_folds(flow, found)),
+            list(_folds(flow, found, ks)),
             list(_fits(flow, found, ks)),
             stays,
             list(_rescales(flow, found, self.norms)),
             dict(_of_norms(found, self.norms)),
             cuts_of_outputs(flow, found, behind) if outputs else [],
+            to_linears,
         )
 
 
@@ -164,10 +178,47 @@ def _cuts(flow: Dataflow, found: Solution) -> list[Cut]:
         if (stays == 0).any()
         for name in flow.names.get(node, [])
     ]
+    cuts += [  # which has the outputs of the weight, and is in no dataflow
+        Cut(name_in(linear, "tail_bias"), 1, cut.size, cut.keep)
+        for linear in flow.tail_linears
+        for cut in cuts
+        if (cut.name, cut.dim) == (name_in(linear, "weight"), 0)
+    ]
     return sorted(cuts, key=lambda cut: (order[cut.name], cut.dim))
 
 
-def _folds(flow: Dataflow, found: Solution) -> Iterator[Fold]:
+def _to_linears(flow: Dataflow, k: dict[str, int]) -> Iterator[ToLinear]:
+    """Of the TailLinears with a k, whose weight and bias must then be theirs alone."""
+    for name, layer in flow.tail_linears.items():
+        if layer not in k:
+            continue
+        linear = flow.model.get_submodule(name)
+        if type(linear) is not TailLinear or linear._parameters.get("weight") is None:
+            raise PruningError(
+                f"module {name!r} must be a plain TailLinear to become an nn.Linear, got "
+                f"{type(linear).__name__}, which has a forward or a parametrization of its own: "
+                f"remove it, or leave layer {layer!r} out of k"
+            )
+        changed = ["weight"] if linear.scale is not None else []
+        for attribute in (*changed, "bias") if k[layer] < flow.n_of(layer) else ():
+            for node, names in flow.names.items():
+                if name_in(name, attribute) in names:
+                    others = [o for o in flow.users[node] if _layer_in_front(flow, o) != layer]
+                    if others:
+                        raise PruningError(
+                            f"the {attribute} of TailLinear {name!r} can't take in what belongs to "
+                            f"k = {k[layer]}, since {where(others[0])} reads it too"
+                        )
+        yield ToLinear(name, k[layer])
+
+
+def _layer_in_front(flow: Dataflow, operation: Operation) -> str | None:
+    """The TailDropout whose output it reads first, if it does."""
+    first = flow.operations.get(operation.args[0]) if operation.args else None
+    return str(first.args[1]) if first is not None and first.target is LAYER else None
+
+
+def _folds(flow: Dataflow, found: Solution, ks: dict[str, int]) -> Iterator[Fold]:
     done = set()
     for read in found.reads:
         name = name_of_bias(flow, read)
@@ -177,11 +228,22 @@ def _folds(flow: Dataflow, found: Solution) -> Iterator[Fold]:
         constant = contribution(flow, read, values)
         if constant is None or not constant.any():
             continue
+        constant = constant * _factor_at(flow, read, ks)
         rows = _rows(read.weight) if read.weight else None
         if not isinstance(read.bias, fx.Node) and rows in found.stays:
             constant = constant[~found.gone(rows)]  # a new bias has only the rows that stay
         done.add(name)
         yield Fold(name, constant)
+
+
+def _factor_at(flow: Dataflow, read: Read, ks: dict[str, int]) -> float:
+    """What the TailLinear that reads there multiplies its prefix by."""
+    layer = _layer_in_front(flow, read.operation)
+    for name, its_layer in flow.tail_linears.items():
+        linear = flow.model.get_submodule(name)
+        if layer == its_layer and layer in ks and isinstance(linear, TailLinear):
+            return 1.0 if linear.scale is None else factor_of(ks[layer], flow.n[layer])
+    return 1.0
 
 
 def _rows(weight: Place) -> Place:

@@ -10,12 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..layers import TailDropout, TailMLP
+from ..layers import TailDropout, TailLinear, TailMLP
 from ..layers.fitted import FittedTailDropout
+from ..layers.linear import become_linear
 from ..models.insert import tail_dropouts
+from ..models.names import name_in
 
 _LIBRARY = __name__.partition(".")[0]
-_FORWARDS = (TailDropout.forward, FittedTailDropout.forward, TailMLP.forward)
+_FORWARDS = (
+    *(TailDropout.forward, FittedTailDropout.forward),
+    *(TailLinear.forward, TailMLP.forward),
+)
 _PADS: tuple[Callable[[Any, float], nn.Module], ...] = (
     nn.ConstantPad1d,
     nn.ConstantPad2d,
@@ -28,13 +33,15 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Its outputs are those of the model in eval mode, in training too: nothing is dropped any more,
     and it can't be pruned further. It can be pickled and loaded where this library is not
-    installed. All state-dict keys stay.
+    installed. All state-dict keys stay, but those of a `tail_bias`.
 
     | before | after |
     |---|---|
     | a TailDropout in a Sequential, or an attribute of a module | `nn.Identity` |
     | a TailDropout by `insert` | removed, with its hook |
     | a TailDropout of a pruned network that slices, or adds zeros | `nn.ConstantPad1d`, 2d or 3d |
+    | one that slices, by `insert` at the input of an `nn.Linear` | columns of zeros in its weight |
+    | a TailLinear | `nn.Linear` |
     | a TailMLP | `nn.Sequential` of `fc1`, `activation` and `fc2` |
 
     Args:
@@ -68,11 +75,16 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
     """The module, changed in place, or another one in its place."""
     if module in done:
         return done[module]
+    if type(module) is TailLinear:
+        become_linear(module, module.in_features)
     applied = set(_drop_hooks(module))
     for attribute, child in list(module._modules.items()):
         if child is None:
             continue
-        path = f"{name}.{attribute}" if name else attribute
+        path = name_in(name, attribute)
+        if attribute in applied and _takes_over(module, child):
+            del module._modules[attribute]
+            continue
         plain = _plain(child, path, done)
         if attribute not in applied:
             module._modules[attribute] = plain
@@ -88,10 +100,29 @@ def _plain(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn
     return done[module]
 
 
+def _takes_over(module: nn.Module, child: nn.Module) -> bool:
+    """Give a Linear behind an inserted layer that slices columns of zeros, if that is what it is."""
+    if not (
+        type(module) is nn.Linear
+        and isinstance(child, FittedTailDropout)
+        and child.behind == 0
+        and child.arrives is not None
+        and child.width == child.size == module.in_features
+    ):
+        return False
+    weight = functional.pad(module.weight.detach(), (0, child.arrives - child.width))
+    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    module.in_features = child.arrives
+    return True
+
+
 def _in_place_of(module: nn.Module, name: str) -> nn.Module:
     """Of a module whose children are plain."""
     plain: nn.Module
-    if isinstance(module, TailDropout | TailMLP) and type(module).forward not in _FORWARDS:
+    if (
+        isinstance(module, TailDropout | TailLinear | TailMLP)
+        and type(module).forward not in _FORWARDS
+    ):
         raise ValueError(
             f"module {name!r} is a {type(module).__name__}, whose forward is its own: replace it "
             "by what it should be without this library"

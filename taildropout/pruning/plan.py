@@ -13,11 +13,18 @@ from ..models.copies import PruningError, copy_that_shares, tensors_by_name
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.sharded import check_whole_tensors
-from ..models.width import Widths, layer_ks, rounded_up, warn_of_never_called, widths_by_layer
+from ..models.width import (
+    Widths,
+    at_no_width,
+    layer_ks,
+    rounded_up,
+    warn_of_never_called,
+    widths_by_layer,
+)
 from .conditions import conditions_of
 from .configs import fit_configs
 from .cost import Cost, costs_by_module
-from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay
+from .cuts import Cut, Fit, Fold, Reading, Rescale, Stay, ToLinear
 from .outputs import OutputCut
 from .predicted import cut_as_predicted, cut_unread
 from .surgery import operate
@@ -65,6 +72,7 @@ class PrunePlan:
         output_cuts: what goes from what the model returns.
         checked: whether the small network's own dataflow was compared with the predicted one.
         verifications: what `apply` compared, in which dtype, and what it could not compare.
+        to_linears: the TailLinears that become an `nn.Linear` of their k.
     """
 
     k: dict[str, int]
@@ -86,6 +94,7 @@ class PrunePlan:
     output_cuts: list[OutputCut] = field(default_factory=list, repr=False)
     checked: bool = field(default=True, repr=False)
     verifications: list[Verification] = field(default_factory=list, repr=False)
+    to_linears: list[ToLinear] = field(default_factory=list, repr=False)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -100,7 +109,8 @@ class PrunePlan:
 
         The copy has the classes, attribute names and state-dict keys of the model (a Linear or
         Conv without bias gets one where it has a constant to take in). Its TailDropout layers
-        are still in place, with no k set. A model of Hugging Face gets a config that builds the
+        are still in place, with no k set, but a TailLinear is an `nn.Linear`, of the same keys
+        without `tail_bias`. A model of Hugging Face gets a config that builds the
         pruned one; where there is none, `save_pretrained` says why. The copy is compared with the
         model with k set on the example inputs and on random ones, and at other sizes where the
         model takes them.
@@ -116,20 +126,23 @@ class PrunePlan:
         """
         if not self.checked:
             return self.at(self.k).apply(model, dtype=dtype)
-        small = self._cut_copy(model)
-        few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
-        if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
-            dtype = torch.float64
-        compared = verify(
-            model,
-            small,
-            self._cut_copy,
-            self.k,
-            self.example_inputs,
-            self.reading.flow.paths.other_inputs(),
-            dtype=dtype,
-            output_cuts=self.output_cuts,
-        )
+        with at_no_width(model):
+            small = self._cut_copy(model)
+            for layer in tail_dropouts(small).values():
+                layer.set_k(None)
+            few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
+            if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
+                dtype = torch.float64
+            compared = verify(
+                model,
+                small,
+                self._cut_copy,
+                self.k,
+                self.example_inputs,
+                self.reading.flow.paths.other_inputs(),
+                dtype=dtype,
+                output_cuts=self.output_cuts,
+            )
         self.verifications.append(compared)
         fit_configs(small, model, self.example_inputs)
         return small
@@ -149,15 +162,16 @@ class PrunePlan:
         with the predicted one, which takes a fraction of the time: enough to know costs. `apply`
         makes up for it.
         """
-        return _plan(
-            self.model,
-            k,
-            self.example_inputs,
-            self.reading,
-            self.multiple_of if multiple_of is None else check_multiple_of(multiple_of),
-            self.outputs if outputs is None else outputs,
-            check,
-        )
+        with at_no_width(self.model):
+            return _plan(
+                self.model,
+                k,
+                self.example_inputs,
+                self.reading,
+                self.multiple_of if multiple_of is None else check_multiple_of(multiple_of),
+                self.outputs if outputs is None else outputs,
+                check,
+            )
 
     def sweep(self, ks: Iterable[Widths], *, repeats: int = 15) -> Sweep:
         """What the network would cost at other ks: parameters, FLOPs, and measured time.
@@ -241,6 +255,11 @@ class PrunePlan:
             for r in self.rescales
         ]
         remarks += [
+            f"{to_linear.name} becomes an nn.Linear, which takes in the bias and scale of "
+            f"k = {to_linear.k}"
+            for to_linear in self.to_linears
+        ]
+        remarks += [
             f"{stay.side} {stay.layer!r} stays: {stay.name} {stay.reason}" for stay in self.stays
         ]
         remarks += [f"provided that {condition}" for condition in self.conditions]
@@ -252,9 +271,7 @@ class PrunePlan:
         check_model_fits(self.cuts, tensors)
         # Those that are cut are shared with the copy, until the cut replaces them in it.
         small = copy_that_shares(model, [tensors[cut.name] for cut in self.cuts])
-        operate(small, self.cuts, self.folds, self.fits, self.rescales)
-        for layer in tail_dropouts(small).values():
-            layer.set_nothing()
+        operate(small, self.cuts, self.folds, self.fits, self.rescales, self.to_linears)
         return small
 
     def to_dict(self) -> dict[str, Any]:
@@ -271,6 +288,7 @@ class PrunePlan:
             "rescales": [
                 [list(r.weights), r.plus, r.module, r.eps, r.before, r.after] for r in self.rescales
             ],
+            "to_linears": [[to_linear.name, to_linear.k] for to_linear in self.to_linears],
         }
 
 
@@ -328,8 +346,9 @@ def plan_pruning(
     widths_by_layer(model, k)  # complains before anything is read
     check_whole_tensors(model)
     multiple_of = check_multiple_of(multiple_of)
-    reading = Reading(model, example_inputs)
-    plan = _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
+    with at_no_width(model):
+        reading = Reading(model, example_inputs)
+        plan = _plan(model, k, example_inputs, reading, multiple_of, outputs, check=True)
     warn_of_never_called([name for name in reading.flow.never_called if name not in plan.k])
     return plan
 
@@ -376,6 +395,7 @@ def _plan(
         outputs,
         found.output_cuts,
         check,
+        to_linears=found.to_linears,
     )
 
 
@@ -423,6 +443,8 @@ def _changes(
     shapes: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for cut in cuts:
         module, _, attribute = cut.name.rpartition(".")
+        if cut.name not in small_tensors:  # of a TailLinear, which is none any more
+            continue
         if large_tensors[cut.name].ndim > 1 or "weight" in attribute or not module:
             pair = tuple(large_tensors[cut.name].shape), tuple(small_tensors[cut.name].shape)
             shapes.setdefault(module, {})[attribute] = pair
@@ -431,6 +453,7 @@ def _changes(
     return [
         Change(name, type(model.get_submodule(name)).__name__, pairs, before[name], after[name])
         for name, pairs in shapes.items()
+        if name in before  # a module with several names has one cost
     ]
 
 

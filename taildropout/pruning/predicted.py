@@ -20,6 +20,7 @@ from ..graph.dataflow import Dataflow
 from ..graph.exports import LAYER, Export, export, is_tensor, shape, size_of, traceable
 from ..graph.rules import RULES, is_known
 from ..models.copies import PruningError, structural_copy
+from ..models.names import name_in
 from .cuts import Findings, Reading
 from .surgery import operate
 from .verify import does_not_run
@@ -34,7 +35,7 @@ def cut_unread(
     """What goes by what is known of the model so far, and the small network."""
     found = reading.find(ks, reading.whole, outputs=outputs)
     small = structural_copy(model)
-    operate(small, found.cuts, found.folds, found.fits, found.rescales)
+    operate(small, found.cuts, found.folds, found.fits, found.rescales, found.to_linears)
     return found, small
 
 
@@ -153,6 +154,14 @@ class _SideBySide:
         self.flow, self.found = flow, found
         self.large, self.small = large, small
         new_biases = {fold.name for fold in found.folds}
+        new_biases |= {name_in(to_linear.name, "bias") for to_linear in found.to_linears}
+        fitted = {fit.layer for fit in found.fits}
+        to_linears = {to_linear.name for to_linear in found.to_linears}
+        self.dissolved = {
+            layer
+            for name, layer in flow.tail_linears.items()
+            if name in to_linears and layer not in fitted
+        }
         self.new_biases = {node for node, name, _ in _given(small) if name in new_biases}
         self.twin: dict[fx.Node, fx.Node] = {}  # of each value of the small network
 
@@ -163,7 +172,7 @@ class _SideBySide:
             node, constant = given.get(name, (None, None))
             if node is not None and (constant is None or _equal(constant, own_constant)):
                 self.twin[own] = node
-        for node, own in zip_longest(_operations(self.large), _operations(self.small)):
+        for node, own in zip_longest(self._operations(self.large), self._operations(self.small)):
             if node is None:
                 return self.large.nodes[-1]
             if own is None or not self._alike(node, own):
@@ -183,7 +192,9 @@ class _SideBySide:
         if own in self.new_biases and arg is None:
             return True
         if isinstance(own, fx.Node) and _number(own) is own:
-            return isinstance(arg, fx.Node) and self.twin.get(_unsliced(own)) is _unsliced(arg)
+            return isinstance(arg, fx.Node) and self.twin.get(
+                self._unsliced(own)
+            ) is self._unsliced(arg)
         number, own_number = _number(arg), _number(own)
         norm = self.found.of_norms.get(node)
         sizes_differ = node.target is LAYER or _has_sizes(node) or norm is not None
@@ -205,6 +216,31 @@ class _SideBySide:
                 shapes[0][dim] = int((stays > 0).sum())
         return shapes == own_shapes
 
+    def _operations(self, export: Export) -> list[fx.Node]:
+        """What computes tensors, and what is returned.
+
+        With symbols, slices of all stand in between.
+        """
+        return [
+            node
+            for node in export.nodes
+            if node.op == "output"
+            or (node.op == "call_function" and _shapes(node) and self._unsliced(node) is node)
+        ]
+
+    def _unsliced(self, node: fx.Node) -> fx.Node:
+        """What a slice is of, where it takes all, what has an alias or is made contiguous, and what
+        a layer passes on that is there no more.
+        """
+        while (
+            _takes_all(node)
+            or node.target in (torch.ops.aten.alias.default, torch.ops.aten.contiguous.default)
+            or (node.target is LAYER and node.args[1] in self.dissolved)
+        ):
+            assert isinstance(node.args[0], fx.Node)
+            node = node.args[0]
+        return node
+
 
 def _given(export: Export) -> Iterator[tuple[fx.Node, str, Any]]:
     """Parameters, buffers, constants and inputs, with their names; and the values of constants."""
@@ -222,27 +258,6 @@ def _equal(constant: Any, own: Any) -> bool:
     return constant is own or (
         isinstance(constant, Tensor) and isinstance(own, Tensor) and torch.equal(constant, own)
     )
-
-
-def _operations(export: Export) -> list[fx.Node]:
-    """What computes tensors, and what is returned. With symbols, slices of all stand in between."""
-    return [
-        node
-        for node in export.nodes
-        if node.op == "output"
-        or (node.op == "call_function" and _shapes(node) and _unsliced(node) is node)
-    ]
-
-
-def _unsliced(node: fx.Node) -> fx.Node:
-    """What a slice is of, where it takes all, and what has an alias or is made contiguous."""
-    while _takes_all(node) or node.target in (
-        torch.ops.aten.alias.default,
-        torch.ops.aten.contiguous.default,
-    ):
-        assert isinstance(node.args[0], fx.Node)
-        node = node.args[0]
-    return node
 
 
 def _takes_all(node: fx.Node) -> bool:

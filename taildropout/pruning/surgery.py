@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.fitted import FittedTailDropout
-from ..models.copies import tensors_by_name
+from ..layers.linear import TailLinear, become_linear
+from ..models.copies import PruningError, tensors_by_name
 from ..models.insert import tail_dropouts
-from .cuts import Cut, Fit, Fold, Rescale
+from .cuts import Cut, Fit, Fold, Rescale, ToLinear
 from .sizes import mend_attributes, mend_named_sizes, mend_written_sizes, sizes_of_linears
 
 # torch.nn.utils.parametrize keeps the tensors of a module's weight in a module of its own.
@@ -24,6 +25,7 @@ def operate(
     folds: Sequence[Fold],
     fits: Sequence[Fit] = (),
     rescales: Sequence[Rescale] = (),
+    to_linears: Sequence[ToLinear] = (),
 ) -> None:
     """Cut the model's parameters and buffers in place, and mend its modules' attributes.
 
@@ -51,6 +53,13 @@ def operate(
         owner, _, attribute = fit.layer.rpartition(".")
         fitted = FittedTailDropout.fit(layer, fit.width, fit.size, fit.arrives, fit.behind)
         setattr(model.get_submodule(owner), attribute, fitted)
+    for to_linear in to_linears:
+        linear = model.get_submodule(to_linear.name)
+        if not isinstance(linear, TailLinear):
+            raise PruningError(
+                f"module {to_linear.name!r} must be a TailLinear, got {type(linear).__name__}"
+            )
+        become_linear(linear, to_linear.k)
     for module in {_OF_PARAMETRIZATION.sub("", cut.name.rpartition(".")[0]) for cut in cuts}:
         mend_attributes(model.get_submodule(module))
         mend_named_sizes(model.get_submodule(module), module, shapes)

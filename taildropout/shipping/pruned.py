@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..models.copies import PruningError, structural_copy, tensors_by_name
 from ..models.sharded import check_whole_tensors
 from ..pruning.configs import fit_configs
-from ..pruning.cuts import Cut, Fit, Fold, Rescale
+from ..pruning.cuts import Cut, Fit, Fold, Rescale, ToLinear
 from ..pruning.plan import FORMAT, PrunePlan, check_model_fits
 from ..pruning.surgery import operate
 from .files import written_whole
@@ -66,13 +66,13 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     check_whole_tensors(model)
-    cuts, biases, fits, rescales, tensors = _read(path)
+    cuts, biases, fits, rescales, to_linears, tensors = _read(path)
     biases = [name for name in biases if tensors_by_name(model).get(name) is None]
     try:
         check_model_fits(cuts, tensors_by_name(model))
         folds = [Fold(name, torch.zeros_like(tensors[name])) for name in biases]
         rehearsal = structural_copy(model)
-        operate(rehearsal, cuts, folds, fits, rescales)
+        operate(rehearsal, cuts, folds, fits, rescales, to_linears)
         expected = {name: t.shape for name, t in rehearsal.state_dict().items()}
         found = {name: t.shape for name, t in tensors.items()}
         if expected != found:
@@ -85,7 +85,7 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
         ) from error
     before = structural_copy(model)
-    operate(model, cuts, folds, fits, rescales)
+    operate(model, cuts, folds, fits, rescales, to_linears)
     model.load_state_dict(tensors)
     fit_configs(model, before)
     return model
@@ -111,8 +111,8 @@ def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def _read(
     path: str | os.PathLike[str],
-) -> tuple[list[Cut], list[str], list[Fit], list[Rescale], dict[str, Tensor]]:
-    """The cuts, the biases that may have to be made, what is fitted or rescaled, the tensors."""
+) -> tuple[list[Cut], list[str], list[Fit], list[Rescale], list[ToLinear], dict[str, Tensor]]:
+    """The cuts, the biases that may have to be made, what else becomes of modules, the tensors."""
     file_name = repr(os.fspath(path))
     try:
         with safe_open(path, "pt") as file:
@@ -138,9 +138,10 @@ def _read(
             Rescale(tuple(map(str, names)), plus, module, eps, before, after)
             for names, plus, module, eps, before, after in record.get("rescales", [])
         ]
+        to_linears = [ToLinear(str(name), int(k)) for name, k in record.get("to_linears", [])]
         intact = record["sha256"] == _digest(record, tensors)
     except (ValueError, KeyError, TypeError) as error:
         raise PruningError(f"{file_name} holds a damaged plan: {error!r}") from error
     if not intact:
         raise PruningError(f"{file_name} has been changed since it was written")
-    return cuts, biases, fits, rescales, tensors
+    return cuts, biases, fits, rescales, to_linears, tensors

@@ -1,4 +1,4 @@
-"""prefix_linear and expected_mse against loops over k."""
+"""tail_linear, prefix_linear and expected_mse against loops over k."""
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import linear, mse_loss
 from torch.testing import assert_close
 
-from taildropout.functional import expected_mse, keep_prefix, prefix_linear, tail_dropout
+from taildropout.functional import (
+    expected_mse,
+    keep_prefix,
+    prefix_linear,
+    tail_dropout,
+    tail_linear,
+)
 from taildropout.lengths import Exponential, Sizes, Uniform
 
 
@@ -47,6 +53,54 @@ def test_prefix_linear_is_the_loop_over_k(leading, n, out, with_bias, data):
     variables = [input, weight] + [bias] * with_bias
     actual = prefix_linear(input, weight, bias, ks)
     assert_same_with_gradients(actual, by_loop(input, weight, bias, asked), variables)
+
+
+def at_each_k(input, weight, bias, tail_bias, scale, ks):
+    n, outputs = input.shape[-1], []
+    for k in ks:
+        factor = (n / k) ** 0.5 if scale and k else 1
+        output = linear(factor * keep_prefix(input, k), weight, bias)
+        outputs.append(output + tail_bias[k] if k < n else output)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("scale", [None, "sqrt"])
+@pytest.mark.parametrize("batch_dim", [0, 1, (1, 0), ()])
+@pytest.mark.parametrize("stratified", [True, False])
+def test_tail_linear_has_the_draws_of_tail_dropout(scale, batch_dim, stratified):
+    input, weight, bias, tail_bias = double(5, 4, 6), double(3, 6), double(3), double(6, 3)
+    options = {"p": 0.4, "batch_dim": batch_dim, "stratified": stratified}
+    generator = torch.Generator().manual_seed(5)
+    mask = tail_dropout(torch.ones(5, 4, 6), **options, generator=generator)
+    k = mask.sum(-1).long()  # (5, 4)
+    generator.manual_seed(5)
+    actual = tail_linear(
+        input, weight, bias, tail_bias, **options, scale=scale, generator=generator
+    )
+    every = at_each_k(input, weight, bias, tail_bias, scale, range(7))  # (7, 5, 4, 3)
+    expected = every.gather(0, k[None, ..., None].expand(1, 5, 4, 3))[0]
+    assert_same_with_gradients(actual, expected, [input, weight, bias, tail_bias])
+
+
+def test_tail_linear_in_eval_is_linear():
+    input, weight, bias = torch.randn(5, 6), torch.randn(3, 6), torch.randn(3)
+    actual = tail_linear(input, weight, bias, torch.randn(6, 3), training=False, scale="sqrt")
+    assert_close(actual, linear(input, weight, bias), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tail_bias": torch.ones(5, 3)}, r"must fit, got \(2, 6\), \(3, 6\) and \(5, 3\)"),
+        ({"input": torch.ones(2, 5)}, r"must fit, got \(2, 5\)"),
+        ({"scale": "n"}, r"scale must be \"sqrt\" or None, got 'n'"),
+        ({"p": 1.5}, "p is the expected fraction"),
+    ],
+)
+def test_bad_arguments_of_tail_linear(options, words):
+    good = {"input": torch.ones(2, 6), "weight": torch.ones(3, 6), "bias": None}
+    with pytest.raises(ValueError, match=words):
+        tail_linear(**{**good, "tail_bias": torch.ones(6, 3), **options})
 
 
 def test_ks_may_be_a_tensor():

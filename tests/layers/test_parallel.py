@@ -26,7 +26,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import taildropout as td
-from taildropout import TailDropout, TailMLP
+from taildropout import TailDropout, TailLinear, TailMLP
 from taildropout.functional import keep_prefix, tail_dropout
 
 pytestmark = pytest.mark.slow
@@ -329,6 +329,40 @@ def check_tail_mlp():
 
 def test_a_tail_mlp_needs_its_weights_whole(processes):
     processes.run(check_tail_mlp)
+
+
+def tail_linear():
+    torch.manual_seed(0)
+    layer = TailLinear(8, 3)
+    nn.init.normal_(layer.tail_bias)
+    return layer
+
+
+def check_tail_linear():
+    layer, x = tail_linear(), distribute_tensor(same(6, 8), mesh(4), [Shard(1)])
+    for name, parameter in list(layer.named_parameters()):
+        placement = Shard(1) if name == "weight" else Replicate()
+        part = distribute_tensor(parameter, mesh(4), [placement])
+        setattr(layer, name, nn.Parameter(part))
+    assert_close(layer.eval()(x).full_tensor(), tail_linear().eval()(same(6, 8)))
+    for k in (3, None):
+        layer.train().set_k(k)
+        for input in (x, same(6, 8)):
+            with pytest.raises(ValueError, match=r"TailLinear.*needs its whole input and weights"):
+                layer(input)
+    whole, reference = fully_shard(tail_linear(), mesh=mesh(4)), tail_linear()
+    for k in (3, torch.tensor([0, 1, 3, 7, 8, 8])):
+        whole.set_k(k)
+        reference.set_k(k)
+        assert_close(whole(same(6, 8)), reference(same(6, 8)))
+    reference.train()
+    reference.dropout.device_mesh = mesh(4)
+    with pytest.raises(ValueError, match="TailDropout of a TailLinear takes no device_mesh"):
+        reference(same(6, 8))
+
+
+def test_a_tail_linear_needs_its_weights_whole(processes):
+    processes.run(check_tail_linear)
 
 
 def check_measuring_and_pruning():
