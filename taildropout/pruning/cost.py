@@ -55,11 +55,25 @@ def costs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, Cost]:
 def _counted(model: nn.Module, inputs: Inputs) -> dict[str, dict[Any, int]]:
     with (
         _no_fused_encoder(),
+        _frozen(model),
         FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter,
     ):
         call(model, inputs)
     counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
     return counts
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: torch's counter fails where one is a module's input."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -88,6 +88,10 @@ def _and_others(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
 
 
+def _several(more: int) -> str:
+    return f"and {more} more modules write" if more > 1 else "and 1 more module writes"
+
+
 def _in_words(others: dict[str, str]) -> Iterator[str]:
     """One line for what is alike but for numbers, as the blocks of a transformer are."""
     alike: dict[tuple[str, str], list[str]] = {}
@@ -136,8 +140,8 @@ def places(
         for one in [one for one in found if one.kind == "stream"]:
             found.remove(one)
             others[str(one.positions[0])] = (
-                f"and {len(one.positions) - 1} more modules write to these features: with "
-                "streams=True all of them get one k"
+                f"{_several(len(one.positions) - 1)} to these features: with streams=True all of "
+                "them get one k"
             )
     found = [one for one in found if fits_pattern(where, one.positions[0].module)]
     stays = _what_stays(model, found, example_inputs)

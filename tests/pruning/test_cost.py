@@ -45,6 +45,25 @@ def test_a_model_that_does_not_run_is_refused_in_words():
         td.plan_pruning(model, 2, torch.randn(3, 5))
 
 
+def test_a_parameter_may_be_what_a_module_is_called_with():
+    """Latents of a Perceiver, say, for each sample."""
+
+    class Latents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents, self.norm = nn.Parameter(torch.randn(5, 4)), nn.LayerNorm(4)
+            self.fc1, self.tail, self.fc2 = nn.Linear(4, 8), TailDropout(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            latents = self.norm(self.latents.expand(len(x), -1, -1))
+            return self.fc2(self.tail(self.fc1(latents + x)))
+
+    model = Latents()
+    plan = td.plan_pruning(model, 2, torch.randn(3, 5, 4))
+    assert (plan.before.flops, plan.after.flops) == (2 * 15 * 8 * 7, 2 * 15 * 2 * 7)
+    assert model.latents.requires_grad
+
+
 def test_counting_leaves_inputs_and_random_numbers_as_they_are():
     """Also where the numbers themselves decide about shapes, and so something is computed."""
     model, x = Net(lambda m, x: m.consumer(x.add_(torch.rand(())))[x[:, 0] > 0]), torch.randn(3, 4)
