@@ -846,7 +846,8 @@ MUTATIONS = [
     Mutation(
         "the small network: the same values",
         PREDICTED,
-        "return isinstance(arg, fx.Node) and self.twin.get(_unsliced(own)) is _unsliced(arg)",
+        "return isinstance(arg, fx.Node) and self.twin.get(\n"
+        "                self._unsliced(own)\n            ) is self._unsliced(arg)",
         "return isinstance(arg, fx.Node)",
         "widths or forms_of_outputs or outputs_of_a_class",
     ),
@@ -888,8 +889,8 @@ MUTATIONS = [
     Mutation(
         "one meaning of a number of features",
         SIZES,
-        "        if len(sizes) == 1:\n            setattr",
-        "        if sizes:\n            setattr",
+        "        if len(sizes) == 1:\n            setattr(module, attribute, sizes.pop())",
+        "        if sizes:\n            setattr(module, attribute, min(sizes))",
         "may_mean_other",
     ),
 ]

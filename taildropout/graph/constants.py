@@ -279,7 +279,12 @@ def all_of_argument(position: int) -> Transfer:
     """The number stands among the arguments."""
 
     def transfer(operation: Operation, dim: int, facts: Facts) -> Known | None:
-        number = operation.args[position]
-        return all_of(number)(operation, dim, facts) if isinstance(number, int | float) else None
+        number, dtype = operation.args[position], operation.output.meta["val"].dtype
+        if not isinstance(number, int | float):
+            return None
+        alike = operation.sources and operation.kwargs.get("dtype") is None
+        if not (alike and dtype.is_floating_point):  # rounded, whatever the dtype of the model
+            number = torch.tensor(number, dtype=dtype).item()
+        return all_of(number)(operation, dim, facts)
 
     return transfer
