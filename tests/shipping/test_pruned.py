@@ -278,6 +278,7 @@ def test_the_record_is_plain_data():
         "biases": ["3.bias"],
         "fits": [],
         "rescales": [],
+        "to_linears": [],
     }
 
 
