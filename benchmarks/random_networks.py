@@ -366,7 +366,9 @@ PRODUCERS = {
     ],
 }
 
+ANY_CONSUMER = ["@nn.Linear({n}, 2)@({0})", "@nn.Linear({n}, 3, bias=False)@({0})"]
 CONSUMERS = {
+    "BTF": ["@nn.RNN({n}, 2, batch_first=True)@({0})[0]", *ANY_CONSUMER],
     "BFT": ["@nn.Conv1d({n}, 2, 1)@({0})", "@nn.Conv1d({n}, 2, 2, bias=False)@({0})"],
     "BFHW": [
         "@nn.Conv2d({n}, 2, 1)@({0})",
@@ -376,8 +378,6 @@ CONSUMERS = {
         "@nn.ConvTranspose2d({n}, 2, 2, 2, bias=False)@({0})",
     ],
 }
-ANY_CONSUMER = ["@nn.Linear({n}, 2)@({0})", "@nn.Linear({n}, 3, bias=False)@({0})"]
-RECURRENT_CONSUMER = ["@nn.RNN({n}, 2, batch_first=True)@({0})[0]"]
 
 
 # ---------------------------------------------------------------------------------- the networks

@@ -137,7 +137,10 @@ class Export:
 
     @cached_property
     def numbers(self) -> list[tuple[int, int]]:
-        """The dims and sizes of inputs that code other than torch's uses as numbers."""
+        """The dims and sizes of inputs that code other than torch's uses as numbers.
+
+        And sizes of one that torch has broadcast: it may broadcast others in other ways.
+        """
         found = [
             (dim, size)
             for tensor, free in zip(
@@ -148,9 +151,9 @@ class Export:
         ]
         for environment in self._environments:
             for guard in environment.guards:
-                for symbol in guard.expr.free_symbols if _counted_by_caller(guard) else ():
+                for symbol in guard.expr.free_symbols:
                     size = environment.replace(symbol)
-                    if size.is_number:
+                    if size == 1 or (size.is_number and _counted_by_caller(guard)):
                         found.append((_dim_of(environment, symbol), int(size)))
         return list(dict.fromkeys(found))
 
@@ -255,7 +258,7 @@ def export(
     Raises:
         Tied: they are; at the first operation that shows it.
     """
-    args, kwargs = as_arguments(inputs)
+    args, kwargs = _aliases(as_arguments(inputs))
     sizes = ShapesCollection()
     for tensor, dims in zip(tensors_of((args, kwargs)), symbols, strict=True):
         sizes[tensor] = tuple(Dim.AUTO if d in dims else Dim.STATIC for d in range(tensor.ndim))
@@ -274,10 +277,22 @@ def export(
             program = program.run_decompositions({})
     found = Export(program, inputs, symbols)
     if untied:  # once more: the model's code may have caught what was raised
-        tied = _tied_dims(found.comparisons, [n.meta["val"].shape for n in found.placeholders])
+        shapes = [node.meta["val"].shape for node in found.placeholders]
+        tied = _dims_of(_tied_symbols(found.comparisons), shapes)
         if any(tied):
             raise Tied(tied, found.compared)
     return found
+
+
+def _aliases(arguments: Any) -> Any:
+    """The same numbers in other tensors: torch.export marks tensors, and leaves the marks."""
+
+    def alias(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().requires_grad_(value.requires_grad)
+
+    return tree_map(alias, arguments)
 
 
 @contextmanager
@@ -330,14 +345,28 @@ class _UntilTied(TorchFunctionMode):
         self.environment = symbols[0].node.shape_env if symbols else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except Exception:  # torch takes no size that is a symbol for a one, which it broadcasts
+            self._stop_if(
+                lambda new: {
+                    s
+                    for _, sizes in _compared_in(self.environment, new)
+                    for s, (_, size) in sizes.items()
+                    if size == 1
+                }
+            )
+            raise
+        self._stop_if(lambda new: _tied_symbols(_comparisons(self.environment, new)))
+        return result
+
+    def _stop_if(self, tied_by: Callable[[list[Any]], set[sympy.Symbol]]) -> None:
         if self.environment is not None and len(self.environment.guards) > self.seen:
             new = self.environment.guards[self.seen :]
             self.seen += len(new)
-            tied = _tied_dims(_comparisons(self.environment, new), self.shapes)
+            tied = _dims_of(tied_by(new), self.shapes)
             if any(tied):
                 raise Tied(tied, _compared(self.environment))
-        return result
 
 
 def _dim_of(environment: Any, symbol: sympy.Symbol) -> int:
@@ -346,7 +375,17 @@ def _dim_of(environment: Any, symbol: sympy.Symbol) -> int:
 
 
 def _compared(environment: Any) -> list[Compared]:
-    """By code other than torch's."""
+    """By code other than torch's; sizes of one also by torch, which broadcasts them."""
+    return [
+        (relation, sizes)
+        for guard, (relation, sizes) in zip(
+            environment.guards, _compared_in(environment, environment.guards), strict=True
+        )
+        if not _of_torch(guard) or any(size == 1 for _, size in sizes.values())
+    ]
+
+
+def _compared_in(environment: Any, guards: Sequence[Any]) -> list[Compared]:
     in_torch_2_6 = not hasattr(environment, "backed_var_to_val")
     stood_for = environment.var_to_val if in_torch_2_6 else environment.backed_var_to_val
     return [
@@ -357,16 +396,19 @@ def _compared(environment: Any) -> list[Compared]:
                 for symbol in guard.expr.free_symbols
             },
         )
-        for guard in environment.guards
-        if not _of_torch(guard)
+        for guard in guards
     ]
 
 
-def _tied_dims(
-    comparisons: Iterable[Comparison], shapes: Iterable[Sequence[int | torch.SymInt]]
+def _tied_symbols(comparisons: Iterable[Comparison]) -> set[sympy.Symbol]:
+    return {s for c in comparisons if c.ties for s in c.relation.free_symbols}
+
+
+def _dims_of(
+    symbols: set[sympy.Symbol], shapes: Iterable[Sequence[int | torch.SymInt]]
 ) -> list[set[int]]:
-    tied = {s for c in comparisons if c.ties for s in c.relation.free_symbols}
-    return [{d for d, n in enumerate(sizes) if _symbols_of(n) & tied} for sizes in shapes]
+    """The dims of each tensor whose sizes these symbols stand in."""
+    return [{d for d, n in enumerate(sizes) if _symbols_of(n) & symbols} for sizes in shapes]
 
 
 def _symbols_of(size: int | torch.SymInt) -> set[sympy.Symbol]:

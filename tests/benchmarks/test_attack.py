@@ -28,13 +28,14 @@ def test_random_networks_are_exact_at_every_size():
 
 def test_all_that_stands_in_the_tables_is_drawn():
     """The tables can't hold what never runs."""
-    drawn = {
-        statement.template for seed in range(4000) for statement in draw_network(seed).statements
-    }
     tables = [value for name, value in vars(random_networks).items() if name.isupper()]
     lists = [t for t in tables if isinstance(t, list)]
     lists += [t for table in tables if isinstance(table, dict) for t in table.values()]
-    missing = {template for templates in lists for template in templates} - drawn
+    missing = {template for templates in lists for template in templates}
+    for seed in range(20_000):  # some are rare
+        missing -= {statement.template for statement in draw_network(seed).statements}
+        if not missing:
+            break
     assert not missing
 
 
