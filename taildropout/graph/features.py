@@ -318,6 +318,26 @@ def _needs(
         for user in flow.users[node]:
             if not any(place in tie.places for tie in _ties(say(user))):
                 yield _Need(place, None, where(user), norms.refused.get(user) or _mixes(user))
+        if flow.is_constant(node):
+            text = "takes some of them by their number, and may take these at other sizes"
+            yield from (
+                _Need(place, rest, where(user), text) for user, rest in _untaken(flow, place)
+            )
+
+
+def _untaken(flow: Dataflow, place: Place) -> Iterator[tuple[Operation, Tensor]]:
+    """What no operation takes of a parameter, or of what is computed from some: by the last."""
+    node, dim = place
+    rest = torch.ones(count_of(place) or 0, dtype=torch.bool)
+    for user in flow.users[node]:
+        rule = rule_of(user)
+        taken = rule.takes(user).get(dim) if rule is not None and rule.takes is not None else None
+        if taken is None:
+            return
+        numbers = taken(len(rest))
+        rest[numbers[numbers >= 0]] = False
+    if flow.users[node]:
+        yield flow.users[node][-1], rest
 
 
 def _needs_of_outputs(

@@ -251,29 +251,19 @@ def _neighbours(export: Export) -> Iterator[_Turn]:
 
 
 def _turn_of_number(export: Export, dim: int, size: int, other: int, far: bool = False) -> _Turn:
-    """Inputs in which a dim of this size has another one, if need be with one of all else."""
+    """Inputs in which a dim of this size has another one; if need be, all else is of size one."""
 
     def turn(inputs: Any, *instead: _Turn) -> _Turn:
-        shapes = [
-            [other if (d, old) == (dim, size) else new for d, (old, new) in enumerate(sizes)]
-            for sizes in (
-                zip(one.shape, another.shape, strict=True)
-                for one, another in zip(
-                    tensors_of(as_arguments(export.inputs)),
-                    tensors_of(as_arguments(inputs)),
-                    strict=True,
-                )
-            )
-        ]
+        tensors, old = (tensors_of(as_arguments(i)) for i in (inputs, export.inputs))
+        shapes = [list(tensor.shape) for tensor in tensors]
+        for sizes, tensor in zip(shapes, old, strict=True):
+            if tensor.ndim > dim and tensor.shape[dim] == size:
+                sizes[dim] = other
         words = f"size {other} instead of {size} in dim {dim}"
         return _Turn(words, of_shapes(inputs, shapes), alone=True, instead=instead, far=far)
 
-    own = export.values_at(export.inputs)
-    return (
-        turn(export.inputs, turn(export.resized(dict.fromkeys(own, 1))))
-        if own
-        else turn(export.inputs)
-    )
+    own = export.values_at(export.inputs) or {}
+    return turn(export.inputs, turn(export.resized(dict.fromkeys(own, 1))))
 
 
 def _beyond_numbers(exports: list[Export]) -> Iterator[str]:

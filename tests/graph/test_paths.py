@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from helpers.oracle import as_trained
 from helpers.sizes import K, M, assert_equal_at, assert_exact, prune_or_refuse
@@ -80,10 +81,10 @@ def test_arguments_that_the_signature_does_not_name_have_symbols_too():
 
     class Scaled(M):
         def forward(self, x, scale):
-            return self.b(self.h(x) * scale)
+            return self.b(self.h(x) * scale[..., None])
 
     model = as_trained(Wrapper(Scaled(None))).double()
-    inputs = {"scale": torch.randn(2, 1, 1).double(), "x": torch.randn(2, 7, 3).double()}
+    inputs = {"scale": torch.randn(2, 7).double(), "x": torch.randn(2, 7, 3).double()}
     plan = td.plan_pruning(model, K, inputs)
     assert len(plan.reading.flow.paths.exports) == 1
     assert plan.reading.flow.paths.unread == []
@@ -91,7 +92,7 @@ def test_arguments_that_the_signature_does_not_name_have_symbols_too():
     assert "forward" not in vars(small)
     assert small.model.b.weight.shape == (2, K)
     large.model.t.set_k(K)
-    other = {"x": torch.randn(5, 4, 3).double(), "scale": torch.randn(5, 4, 1).double()}
+    other = {"x": torch.randn(5, 4, 3).double(), "scale": torch.randn(5, 4).double()}
     assert_close(small(**other), large(**other), rtol=1e-9, atol=1e-10)
 
 
@@ -104,3 +105,77 @@ def test_one_of_three_lengths_is_not_one_length():
 
     others = [(torch.randn(2, length, 3),) for length in (7, 9, 10, 13)]
     assert assert_exact(M(forward), (torch.randn(2, 8, 3),), others) is not None
+
+
+def test_a_size_of_one_is_read_where_it_is_not_broadcast():
+    """The batch of one meets three channels; three samples would meet them one by one."""
+
+    def forward(s, x):
+        h = s.h(x)
+        return s.b(h) + len(x.sum(2) * x[:, :, None, 0])
+
+    others = [(torch.randn(b, length, 3),) for b, length in [(3, 3), (1, 3), (2, 2), (5, 5)]]
+    assert_exact(M(forward), (torch.randn(1, 4, 3),), others)
+
+
+def test_a_batch_of_one_that_is_broadcast_over_channels():
+    """And is counted: by three samples another number is added to the features that go."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 8, 1), nn.Conv1d(3, 2, 1)
+            self.t = td.TailDropout(dropout_dim=1)
+
+        def forward(self, x):
+            h = self.t(self.a(x).var(1, correction=0) * x.sigmoid())
+            return self.b(h + len(h))
+
+    others = [(torch.randn(b, 3, 5),) for b in (1, 3)]
+    assert_exact(Net(), (torch.randn(1, 3, 5),), others, k=2)
+
+
+def test_sizes_that_run_only_where_all_others_are_one():
+    """At a width of two the layer has two features, and its k of one is not all of them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.t = nn.Conv2d(3, 6, 1, bias=False), td.TailDropout()
+
+        def forward(self, x):
+            h = self.a(x)
+            h = (h + h.sigmoid()).logsumexp(1)
+            first = self.t(h)
+            added = sum(first.select(2, i).cos() for i in range(first.shape[2]))
+            return added, torch.maximum(added, h)
+
+    others = [(torch.randn(shape),) for shape in [(7, 3, 1, 2), (1, 3, 1, 3), (4, 3, 4, 1)]]
+    assert_exact(Net(), (torch.randn(8, 3, 8, 1),), others, k=1)
+
+
+@pytest.mark.parametrize("taken", ["table[: x.shape[1]]", "table.cos().narrow(0, 0, len(x[0]))"])
+def test_rows_of_a_table_that_are_not_taken_here_are_taken_at_other_sizes(taken):
+    """A length of one is a number where it is flattened away, and so is the last row taken."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 12), nn.Linear(12, 2)
+            self.t, self.table = td.TailDropout(), nn.Parameter(torch.randn(16, 12))
+
+        def forward(self, x):
+            h = self.t(self.a(x) + eval(taken, {"x": x, "table": self.table}))
+            return self.b(h), h.flatten(1).sum(1)
+
+    others = [(torch.randn(2, length, 3),) for length in (1, 2, 3, 7, 16)]
+    small = assert_exact(Net(), (torch.randn(2, 1, 3),), others)
+    assert small is not None
+    assert small.table.shape == (16, K)
+
+
+def test_inputs_are_left_without_marks():
+    """Torch marks the tensors that it exports with, and a later torch.compile would see it."""
+    x = torch.randn(1, 5, 3).double()
+    td.plan_pruning(as_trained(M(lambda s, x: s.b(s.h(x)))).double(), K, x)
+    assert vars(x) == {}
