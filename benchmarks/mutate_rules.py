@@ -880,13 +880,6 @@ MUTATIONS = [
         "widths or forms_of_outputs",
     ),
     Mutation(
-        "the small network: no operation more",
-        PREDICTED,
-        "            if node is None:\n                return self.large.nodes[-1]\n",
-        "            if node is None:\n                return None\n",
-        "widths or forms_of_outputs",
-    ),
-    Mutation(
         "one meaning of a number of features",
         SIZES,
         "        if len(sizes) == 1:\n            setattr(module, attribute, sizes.pop())",

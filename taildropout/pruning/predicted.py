@@ -172,10 +172,10 @@ class _SideBySide:
             node, constant = given.get(name, (None, None))
             if node is not None and (constant is None or _equal(constant, own_constant)):
                 self.twin[own] = node
-        for node, own in zip_longest(self._operations(self.large), self._operations(self.small)):
-            if node is None:
-                return self.large.nodes[-1]
-            if own is None or not self._alike(node, own):
+        # Where one has more operations, what it returns in the end meets one of them.
+        operations, own_operations = self._operations(self.large), self._operations(self.small)
+        for node, own in zip(operations, own_operations, strict=False):
+            if not self._alike(node, own):
                 return node
             self.twin[own] = node
         return None

@@ -362,6 +362,12 @@ def attention_with_two_heads(s, x):
     return s.b(h.transpose(1, 2).reshape(len(x), -1, 12))
 
 
+def difference_of_two_by_parity(s, x):
+    h = s.h(x)
+    both = [h.cos(), h.sin()]
+    return s.b(both.pop(h.shape[-1] % 2) - both.pop())
+
+
 WIDTHS = {
     "divided_by_the_width": lambda s, x: s.b(s.h(x) / s.h(x).shape[-1]),
     "divided_by_the_root": lambda s, x: s.b(s.h(x) * s.h(x).shape[-1] ** -0.5),
@@ -381,6 +387,10 @@ WIDTHS = {
     "of_the_width": lambda s, x: s.b(s.h(x)) * torch.arange(s.h(x).shape[-1]).sum(),
     "numel": lambda s, x: s.b(s.h(x)) * (s.h(x).numel() / x.numel()),
     "strides": lambda s, x: s.b(s.h(x)) * s.h(x).stride(0),
+    "wired_by_the_width": difference_of_two_by_parity,
+    "ones_of_the_width": lambda s, x: s.b(s.h(x)) * torch.ones(s.h(x).shape[-1] // 4).sum(),
+    "a_tensor_of_the_width": lambda s, x: s.b(s.h(x)) * torch.tensor(float(s.b.in_features)),
+    "longer_than_wide": lambda s, x: s.b(s.h(x)) * (1 + (x.shape[1] > 3 + s.b.in_features)),
     "count_of_parameters": lambda s, x: s.b(s.h(x)) / sum(p.numel() for p in s.parameters()),
 }
 
