@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CONSTANTS, RULES = "graph/constants.py", "graph/rules.py"
 FEATURES, MOVING, FLOW = "graph/features.py", "graph/moving.py", "graph/dataflow.py"
+PATHS, EXPORTS = "graph/paths.py", "graph/exports.py"
 NORMS, TAILS, RELATIONS = "graph/norms.py", "graph/tails.py", "graph/relations.py"
 PREDICTED, CUTS, SIZES = "pruning/predicted.py", "pruning/cuts.py", "pruning/sizes.py"
 TESTS = [
@@ -834,6 +835,35 @@ MUTATIONS = [
         "if any(counts[other] != (n, m) for other in others):",
         "if False:",
         "norms_of_one_eps",
+    ),
+    # Sizes that are numbers in the example.
+    Mutation(
+        "rows of a table that are not taken at these sizes",
+        FEATURES,
+        "rest = torch.ones(count_of(place) or 0, dtype=torch.bool)",
+        "rest = torch.zeros(count_of(place) or 0, dtype=torch.bool)",
+        "rows_of_a_table",
+    ),
+    Mutation(
+        "what sizes of one are broadcast against",
+        EXPORTS,
+        "if not _of_torch(guard) or any(size == 1 for _, size in sizes.values())",
+        "if not _of_torch(guard)",
+        "size_of_one or batch_of_one",
+    ),
+    Mutation(
+        "sizes that run only where all others are one",
+        PATHS,
+        "return turn(export.inputs, turn(export.resized(dict.fromkeys(own, 1))))",
+        "return turn(export.inputs)",
+        "all_others_are_one",
+    ),
+    Mutation(
+        "inputs are left without marks",
+        EXPORTS,
+        "return value.detach().requires_grad_(value.requires_grad)",
+        "return value",
+        "without_marks",
     ),
     # The second look, at the small network.
     Mutation(

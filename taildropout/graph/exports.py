@@ -137,10 +137,7 @@ class Export:
 
     @cached_property
     def numbers(self) -> list[tuple[int, int]]:
-        """The dims and sizes of inputs that code other than torch's uses as numbers.
-
-        And sizes of one that torch has broadcast: it may broadcast others in other ways.
-        """
+        """The dims and sizes of inputs that code other than torch's uses as numbers."""
         found = [
             (dim, size)
             for tensor, free in zip(
@@ -151,9 +148,9 @@ class Export:
         ]
         for environment in self._environments:
             for guard in environment.guards:
-                for symbol in guard.expr.free_symbols:
+                for symbol in guard.expr.free_symbols if _counted_by_caller(guard) else ():
                     size = environment.replace(symbol)
-                    if size == 1 or (size.is_number and _counted_by_caller(guard)):
+                    if size.is_number:
                         found.append((_dim_of(environment, symbol), int(size)))
         return list(dict.fromkeys(found))
 

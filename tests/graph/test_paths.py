@@ -118,21 +118,22 @@ def test_a_size_of_one_is_read_where_it_is_not_broadcast():
     assert_exact(M(forward), (torch.randn(1, 4, 3),), others)
 
 
+class BroadcastAndCounted(nn.Module):
+    """The batch of one meets three channels, and is added to the features that go."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 8, 1), nn.Conv1d(3, 2, 1)
+        self.t = td.TailDropout(dropout_dim=1)
+
+    def forward(self, x):
+        h = self.t(self.a(x).var(1, correction=0) * x.sigmoid())
+        return self.b(h + len(h))
+
+
 def test_a_batch_of_one_that_is_broadcast_over_channels():
-    """And is counted: by three samples another number is added to the features that go."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv1d(3, 8, 1), nn.Conv1d(3, 2, 1)
-            self.t = td.TailDropout(dropout_dim=1)
-
-        def forward(self, x):
-            h = self.t(self.a(x).var(1, correction=0) * x.sigmoid())
-            return self.b(h + len(h))
-
     others = [(torch.randn(b, 3, 5),) for b in (1, 3)]
-    assert_exact(Net(), (torch.randn(1, 3, 5),), others, k=2)
+    assert_exact(BroadcastAndCounted(), (torch.randn(1, 3, 5),), others, k=2)
 
 
 def test_sizes_that_run_only_where_all_others_are_one():
@@ -175,7 +176,12 @@ def test_rows_of_a_table_that_are_not_taken_here_are_taken_at_other_sizes(taken)
 
 
 def test_inputs_are_left_without_marks():
-    """Torch marks the tensors that it exports with, and a later torch.compile would see it."""
-    x = torch.randn(1, 5, 3).double()
-    td.plan_pruning(as_trained(M(lambda s, x: s.b(s.h(x)))).double(), K, x)
+    """Torch marks what it exports with, leaves that where it fails, and reads it when it compiles."""
+
+    def forward(s, x):
+        assert isinstance(x.shape[0], int), "sizes of this model can't be symbols"
+        return s.b(s.h(x))
+
+    x = torch.randn(2, 7, 3).double()
+    td.plan_pruning(as_trained(M(forward)).double(), K, x)
     assert vars(x) == {}
