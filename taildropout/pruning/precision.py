@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map
 
 _SHORT = {torch.float32, torch.float16, torch.bfloat16}
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_FILLS = {torch.full, torch.full_like, Tensor.new_full}
 
 
 class InFloat64(TorchFunctionMode):
-    """A cast to fewer bits is one to float64.
+    """A cast to fewer bits is one to float64, but of a number that is written in the code.
 
     Many networks compute norms, softmax and angles in float32 whatever their own dtype is. What
     is compared in float64 would agree to the rounding of float32 only.
@@ -29,6 +30,8 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS:
             return args[0].double()
+        if func in _FILLS and (kwargs or {}).get("dtype") in _SHORT:
+            return func(*args, **kwargs).double()
         args, kwargs = tree_map(_lengthened, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -123,6 +123,7 @@ CONSTANTS = {
     "full_like": lambda s, x: s.b(torch.full_like(s.h(x), 0.3) + s.h(x)),
     "full_in_half": lambda s, x: s.b(torch.full((12,), 0.3, dtype=torch.half) + s.h(x)),
     "full_like_integers": lambda s, x: s.b(torch.full_like(s.h(x).long(), 2.7) + s.h(x)),
+    "full_like_in_half": lambda s, x: s.b(torch.full_like(s.h(x), 0.3, dtype=torch.half) + s.h(x)),
 }
 
 
