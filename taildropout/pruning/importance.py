@@ -56,10 +56,11 @@ class Batches:
     def _enough(self, inputs: Callable[[Any], Inputs]) -> Iterator[Any]:
         seen = 0
         for batch in self.data:
-            if self.samples is not None and seen >= self.samples:
-                return
-            seen += 1 if self.samples is None else count_samples(inputs(batch))
             yield batch
+            if self.samples is not None:
+                seen += count_samples(inputs(batch))
+                if seen >= self.samples:
+                    return
 
 
 def importances(

@@ -380,11 +380,11 @@ def _moves(
 def _place(group: Group, found: Importance) -> OrderedPlace:
     turned = found.by.ndim == 2
     readers = list(dict.fromkeys(name.rpartition(".")[0] or name for name, _, _ in group.readers))
-    read = f"{', '.join(readers[:2])}{' and others' if readers[2:] else ''} reads them"
+    read = f"read by {', '.join(readers[:2])}{' and others' if readers[2:] else ''}"
     if turned:
         why = f"only linear maps touch them; {read}"
     else:
-        why = read if readers else "no one Linear reads them"
+        why = read if readers else "read by no weight alone"
     return OrderedPlace(
         group.layers,
         group.n,
