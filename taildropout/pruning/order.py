@@ -19,7 +19,7 @@ from ..models.names import name_in, unwrapped
 from ..models.sharded import check_whole_tensors
 from .cuts import Reading
 from .importance import Batches, By, Importance, importances
-from .rearrange import Move, rearrange, rearranged_copy
+from .rearrange import Move, can_turn, rearrange, rearranged_copy
 from .verify import Verification, dtype_to_verify, verify
 
 _VERIFIED_SAMPLES = 4  # of the first batch, with which the model is read, too
@@ -277,6 +277,27 @@ def order(
         device=device,
     )
     return plan.apply(model, optimizer)
+
+
+def order_in_place(
+    model: nn.Module, optimizer: Optimizer, data: Iterable[Any], **options: Any
+) -> str:
+    """As a training wants it: turned only where the optimizer's state can be; what was done."""
+    plan = plan_ordering(model, data, rotate=can_turn(optimizer), **options)
+    plan.apply(model, optimizer)
+    return str(plan)
+
+
+def check_orderable(
+    model: nn.Module, data: Iterable[Any], loss: Loss | None, by: By, samples: int | None
+) -> None:
+    """Whether the model can be ordered by these data later: raises what `plan_ordering` raises."""
+    if iter(data) is data:
+        raise ValueError(
+            "data is gone through later: pass a list or DataLoader, got a "
+            f"{type(data).__name__} that can be gone through once"
+        )
+    plan_ordering(model, [next(iter(data))], loss=loss, by=by, samples=samples)
 
 
 def _checked(

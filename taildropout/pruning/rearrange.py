@@ -109,6 +109,16 @@ def rearrange(model: nn.Module, moves: Sequence[Move], optimizer: Optimizer) -> 
         raise
 
 
+def can_turn(optimizer: Optimizer) -> bool:
+    """Whether it is known what a rotation makes of all that the optimizer keeps."""
+    return all(
+        key in _LINEAR | _SQUARES
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.numel() > 1
+    )
+
+
 def _changes_of_state(
     state: dict[str, Any], parameter: Tensor, move: Move
 ) -> Iterator[tuple[Tensor, int, Tensor]]:

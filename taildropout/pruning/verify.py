@@ -192,9 +192,8 @@ def _check(found: "Difference", module: str | None, k: dict[str, int], made: Mad
         message += f" by up to {found.largest:.3g} where the outputs are up to {found.scale:.3g}"
     if module is not None:
         message += f", first in the output of module {module!r}"
-    raise PruningError(
-        f"{message}. (If the weights have changed since it was planned, plan again.)"
-    )
+    plan = "plan_pruning" if made == "pruned" else "plan_ordering"
+    raise PruningError(f"{message}. (If the weights have changed since {plan}, plan again.)")
 
 
 def _sizes(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
