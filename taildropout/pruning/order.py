@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, get_args
 
 import torch
@@ -219,15 +220,13 @@ def plan_ordering(
     check_whole_tensors(inner)
     if device is None:
         device = next((parameter.device for parameter in inner.parameters()), None)
-    data, first = _with_first(data, again=by != "variance")
-    batches = Batches(data, device, samples)
-    example = _few(to_device(inputs_of(first), device))
-    with _at_full_width(inner):
-        reading = Reading(inner, example)
+    # Data that are shuffled draw random numbers, too.
+    with torch.random.fork_rng(devices=cuda_devices(inner)), _at_full_width(inner):
+        data, first = _with_first(data, again=by != "variance")
+        reading = Reading(inner, _few(to_device(inputs_of(first), device)))
         groups, left = _groups(reading, names, rotate)
-        with torch.random.fork_rng(devices=cuda_devices(inner)):
-            probe = with_own_buffers(inner).eval()
-            found = importances(probe, groups, batches, by, loss) if groups else []
+        probe, batches = with_own_buffers(inner).eval(), Batches(data, device, samples)
+        found = importances(probe, groups, batches, by, loss) if groups else []
     symmetries = Symmetries(reading.flow, reading.say, reading.norms)
     moves = [
         move
@@ -297,7 +296,10 @@ def check_orderable(
             "data is gone through later: pass a list or DataLoader, got a "
             f"{type(data).__name__} that can be gone through once"
         )
-    plan_ordering(model, [next(iter(data))], loss=loss, by=by, samples=samples)
+    by = by if loss is None else "saliency"  # which also runs the loss, and is fast
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        first = list(islice(data, 1))
+    plan_ordering(model, first, loss=loss, by=by, samples=samples)
 
 
 def _checked(

@@ -579,6 +579,15 @@ def test_measuring_leaves_no_trace():
     assert_same(snapshot(model), before)
 
 
+def test_shuffled_data_draw_no_random_numbers_of_the_training():
+    model = mlp()
+    data = torch.utils.data.DataLoader(torch.randn(8, 5), 4, shuffle=True)
+    state = torch.get_rng_state()
+    td.Schedule(model, 2, data=data, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    td.order(model, data)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_samples_limit_the_data():
     seen = []
 
