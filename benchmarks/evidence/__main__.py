@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import hermite, pca, regression, small, stratified, widths
+from . import hermite, pca, regression, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -28,6 +28,7 @@ TABLES: dict[str, ModuleType] = {
     "regression": regression,
     "hermite": hermite,
     "widths": widths,
+    "trained": trained,
     "small": small,
     "stratified": stratified,
 }
@@ -38,6 +39,11 @@ INTRODUCTION = """\
 What the method does, measured against controls, where it helps and where it loses. This page is
 written by `python -m benchmarks.evidence` (all of it in about half an hour on two cores); the
 command under each table repeats that table alone, `--quick` prints a small version of it.
+
+Where it costs something: at full width a plain network that is trained for as long as all widths
+together is better than one network for all widths, and at the smallest widths an autoencoder of that
+width is; as a regulariser the layer does nothing
+([tables](#one-network-for-all-widths-against-a-network-for-each)).
 
 Since 24 November 2026 a run prints, beside each curve over k, two controls of the same trained
 network: k random features, and the first k principal components of its features

@@ -110,11 +110,16 @@ METHODS = {
 def fitted(task: Task, method: Method, rate: float, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = task.network(method.width, method.reading)
+    train(task, model, task.steps * method.budget, rate, seed)
+    return model
+
+
+def train(task: Task, model: nn.Module, steps: int, rate: float, seed: int) -> None:
     inputs, targets = task.train
     generator = torch.Generator().manual_seed(seed)
-    steps = task.steps * method.budget
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    model.train()
     batches: Iterator[Tensor] = iter(())
     for _ in range(steps):
         batch = next(batches, None)
@@ -126,7 +131,7 @@ def fitted(task: Task, method: Method, rate: float, seed: int) -> nn.Module:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
 
 
 @torch.no_grad()
@@ -264,4 +269,16 @@ def _differences(name: str, rows: Numbers) -> list[list[str]]:
     ]
 
 
-SHOWN = """TO BE WRITTEN"""
+SHOWN = """At the same total compute one network by the recipe replaces all six. The classifier
+is better than each of them at every k, by 5.7 points at k = 1 and by about one point from k = 4 on; the autoencoder is
+3 to 12 % worse up to k = 8, and 4 and 21 % better at 16 and 32.
+
+Full width is not free. A plain network that gets the whole budget is better there than the nested
+one: an error of 9.6 against 11.3, 89.4 % against 88.8 %. From k = 8 on, principal components of that
+plain classifier are as good as the nested one, with ten classes to tell apart. For the autoencoder
+they are far behind up to k = 16, and so is every truncation of a plain network at small k.
+
+With a sixth of the compute (T) the recipe is 11 to 22 % worse than six autoencoders, and within 0.7
+points of six classifiers but for k = 1, where it loses 7. Without the tail bias and the share of full
+width, with k from p = 0.5, the classifier loses 29 points at k = 1 even in 6 T, and the autoencoder
+a third."""
