@@ -337,11 +337,24 @@ def _weight_norm(operation: Operation) -> Iterator[Saying]:
 
 
 def _attention(operation: Operation) -> Iterator[Saying]:
-    """Over the last two dims; those before are treated entry by entry, heads among them."""
+    """Over the last two dims; those before are treated entry by entry, heads among them.
+
+    Of heads that share keys and values, as many in a row have the same.
+    """
+    output = operation.output
     for source in operation.sources:
-        shift = len(shape(operation.output)) - len(shape(source))
+        shift = len(shape(output)) - len(shape(source))
         dims = range(len(shape(source)) - 2)
-        yield from dims_alike(source, operation.output, {d: d + shift for d in dims})
+        yield from dims_alike(source, output, {d: d + shift for d in dims})
+    heads = len(shape(output)) - 3
+    if heads < 0 or not operation.arg(7, "enable_gqa", False):
+        return
+    for shared in dict.fromkeys(operation.args[1:3]):
+        n, groups = count_of((output, heads)), count_of((shared, len(shape(shared)) - 3))
+        if n is not None and groups and n != groups and n % groups == 0:
+            labels = torch.arange(n) // (n // groups)
+            place = (shared, len(shape(shared)) - 3)
+            yield related(place, (output, heads), torch.arange(groups), labels)
 
 
 def _glu(operation: Operation) -> Iterator[Saying]:

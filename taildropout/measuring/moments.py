@@ -60,3 +60,12 @@ def of_all_processes(
     for _, count, mean, squares in shares:
         together.merge(count, mean, squares)
     return measured, together
+
+
+def sum_of_all_processes(values: Tensor) -> Tensor:
+    """The sum over all processes, the same in each to the last bit; alone, what is given."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, values.cpu())
+    return torch.stack(shares).sum(0)

@@ -51,6 +51,13 @@ def pair_of(batch: Any) -> tuple[Inputs, Any]:
     return batch[0], batch[1]
 
 
+def inputs_of(batch: Any) -> Inputs:
+    """Of a pair, the inputs without the target; a tuple or list of two is a pair."""
+    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+    inputs: Inputs = batch[0] if is_pair else batch
+    return inputs
+
+
 def tensors_of(values: Any) -> list[Tensor]:
     """All tensors in it, in order."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -124,6 +124,7 @@ class Reading:
         self.norms = Norms(self.flow, example_inputs)
         self.whole: set[fx.Node] = set()
         self._sayings = Sayings(self.norms)
+        self.say = self._sayings.at({})  # what operations state, with no k set
 
     @cached_property
     def costs(self) -> dict[str, Cost]:

@@ -29,12 +29,9 @@ from .outputs import OutputCut
 from .predicted import cut_as_predicted, cut_unread
 from .surgery import operate
 from .sweep import Sweep, SweepPoint, seconds_per_call
-from .verify import Verification, verify
+from .verify import Verification, dtype_to_verify, verify
 
 FORMAT = 2  # 1 had no rescales
-
-# Up to this number of parameters a plan is verified in float64; beyond, that is too much memory.
-MOST_IN_FLOAT64 = 2**25
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,6 @@ class PrunePlan:
             small = self._cut_copy(model)
             for layer in tail_dropouts(small).values():
                 layer.set_k(None)
-            few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
-            if dtype is None and few and not any(p.is_complex() for p in model.parameters()):
-                dtype = torch.float64
             compared = verify(
                 model,
                 small,
@@ -140,7 +134,7 @@ class PrunePlan:
                 self.k,
                 self.example_inputs,
                 self.reading.flow.paths.other_inputs(),
-                dtype=dtype,
+                dtype=dtype_to_verify(model) if dtype is None else dtype,
                 output_cuts=self.output_cuts,
             )
         self.verifications.append(compared)

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ..models.hooks import hooked
-from ..models.inputs import Inputs, call, to_device
+from ..models.inputs import Inputs, call, inputs_of, to_device
 from ..models.sharded import check_whole_layers
 from ..models.width import as_it_was
 
@@ -100,16 +100,10 @@ def recalibrate(
         for norm in norms:
             norm.training, norm.momentum = True, None
         for batch in tqdm(data, desc="recalibrate", total=total, disable=not progress):
-            call(model, to_device(_inputs_of(batch), device))
+            call(model, to_device(inputs_of(batch), device))
             count += 1
         if count == 0:
             raise ValueError("data must yield at least one batch, got none (a used-up generator?)")
-
-
-def _inputs_of(batch: Any) -> Inputs:
-    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
-    inputs: Inputs = batch[0] if is_pair else batch
-    return inputs
 
 
 @contextmanager

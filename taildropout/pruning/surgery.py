@@ -32,7 +32,7 @@ def operate(
     Every tensor that changes is a new one, so a model that shares tensors with another leaves
     the other as it is.
     """
-    before, tensors = sizes_of_linears(model), _Tensors(model)
+    before, tensors = sizes_of_linears(model), Tensors(model)
     shapes = {name: tensor.shape for name, tensor in tensors.by_name.items()}
     with torch.no_grad():
         for fold in folds:  # before its rows are cut
@@ -45,7 +45,7 @@ def operate(
             if key not in new:
                 keep = torch.tensor(cut.keep, dtype=torch.int64, device=tensor.device)
                 value = tensor.index_select(cut.dim, keep)
-                new[key] = (_like(value, tensor), tensor)  # which must outlive its id
+                new[key] = (like(value, tensor), tensor)  # which must outlive its id
             tensors.set(cut.name, new[key][0])
     layers = tail_dropouts(model)
     for fit in fits:
@@ -66,7 +66,7 @@ def operate(
     mend_written_sizes(model, before)
 
 
-class _Tensors:
+class Tensors:
     """The parameters and buffers of a model, by name, that new ones take the place of."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,17 +79,17 @@ class _Tensors:
         self.by_name[name] = value
 
 
-def _fold(tensors: _Tensors, fold: Fold) -> None:
+def _fold(tensors: Tensors, fold: Fold) -> None:
     bias = tensors.by_name.get(fold.name)
     if bias is None:
         weight = tensors.by_name[fold.name.removesuffix("bias") + "weight"]
-        tensors.set(fold.name, _like(fold.constant.to(weight.device, weight.dtype), weight))
+        tensors.set(fold.name, like(fold.constant.to(weight.device, weight.dtype), weight))
     else:
         total = bias.double() + fold.constant.to(bias.device)
-        tensors.set(fold.name, _like(total.to(bias.dtype), bias))
+        tensors.set(fold.name, like(total.to(bias.dtype), bias))
 
 
-def _rescale(tensors: _Tensors, rescales: Sequence[Rescale]) -> None:
+def _rescale(tensors: Tensors, rescales: Sequence[Rescale]) -> None:
     """Once for each weight and each eps, however many norms share it."""
     of_weights = {rescale.weights: rescale for rescale in rescales}
     of_eps = {(rescale.module, rescale.eps): rescale for rescale in rescales}
@@ -98,7 +98,7 @@ def _rescale(tensors: _Tensors, rescales: Sequence[Rescale]) -> None:
         weight = tensors.by_name[names[0]]
         factor = sqrt(rescale.before / rescale.after)
         total = (weight.double() + rescale.plus) * factor - rescale.plus
-        new = _like(total.to(weight.dtype), weight)  # a tied one stays tied
+        new = like(total.to(weight.dtype), weight)  # a tied one stays tied
         for name in names:
             tensors.set(name, new)
     for (name, attribute), rescale in of_eps.items():
@@ -111,7 +111,7 @@ def _rescale(tensors: _Tensors, rescales: Sequence[Rescale]) -> None:
                 module.normalized_shape = (rescale.after,)
 
 
-def _like(value: Tensor, tensor: Tensor) -> Tensor:
+def like(value: Tensor, tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,11 @@ from ..models.inputs import (
 from ..models.width import at_width
 from .outputs import OutputCut, what_stays
 from .precision import precisely
+
+Made = Literal["pruned", "ordered"]
+
+# Up to this number of parameters networks are compared in float64; beyond, that is too much memory.
+MOST_IN_FLOAT64 = 2**25
 
 # The largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -71,6 +76,7 @@ def verify(
     *,
     dtype: torch.dtype | None,
     output_cuts: Sequence[OutputCut] = (),
+    made: Made = "pruned",
 ) -> Verification:
     """Compare the model at `k` with `small` on the example inputs, on random ones, and on others.
 
@@ -86,6 +92,8 @@ def verify(
         others: more inputs, with what they are. Those that the model does not take are skipped.
         dtype: what to compare in, where the model runs in it. None: its own.
         output_cuts: what goes from the outputs, and must be zero in those of the large network.
+        made: what became of it; of an ordered network only the outputs are compared, since the
+            features inside have changed places.
 
     Raises:
         PruningError: they differ by more than rounding, what goes from the outputs is not zero,
@@ -107,7 +115,7 @@ def verify(
             dtype = None
     comparisons: list[Comparison] = []
     named = [("the example inputs", example_inputs), *_of_other_values(example_inputs), *others]
-    watched = dtype is torch.float64
+    watched = dtype is torch.float64 and made == "pruned"
     with precision, at_width(large, k):
         for name, inputs in named:
             inputs = inputs if dtype is None else to_dtype(inputs, dtype)
@@ -124,12 +132,20 @@ def verify(
                 actual, seen_in_small = _run(small, inputs, watched)
             except Exception as error:
                 raise does_not_run(error) from error
-            found = difference_of(what_stays(expected, output_cuts), actual)
-            if not watched and not found.is_rounding:  # again, to name the module
+            found = difference_of(what_stays(expected, output_cuts), actual, made)
+            if (
+                made == "pruned" and not watched and not found.is_rounding
+            ):  # again, to name the module
                 seen, seen_in_small = (_run(m, inputs, True)[1] for m in (large, small))
-            _check(found, _first_that_differs(seen, seen_in_small), k)
+            _check(found, _first_that_differs(seen, seen_in_small), k, made)
             comparisons.append(Comparison(name, _sizes(inputs), found.relative))
     return Verification(dtype, tuple(comparisons), tuple(skipped))
+
+
+def dtype_to_verify(model: nn.Module) -> torch.dtype | None:
+    """float64 where the model is small enough for it, and real; None: its own."""
+    few = sum(p.numel() for p in model.parameters()) <= MOST_IN_FLOAT64
+    return torch.float64 if few and not any(p.is_complex() for p in model.parameters()) else None
 
 
 def _of_other_values(example_inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
@@ -167,15 +183,17 @@ def to_dtype(inputs: Inputs, dtype: torch.dtype) -> Any:
     return tree_map(converted, inputs)
 
 
-def _check(found: "Difference", module: str | None, k: dict[str, int]) -> None:
+def _check(found: "Difference", module: str | None, k: dict[str, int], made: Made) -> None:
     if found.is_rounding and module is None:
         return
-    message = f"the pruned network must compute what the model computes with k={k}, but differs"
+    at_k = f" with k={k}" if made == "pruned" else ""
+    message = f"the {made} network must compute what the model computes{at_k}, but differs"
     if not found.is_rounding:
         message += f" by up to {found.largest:.3g} where the outputs are up to {found.scale:.3g}"
     if module is not None:
         message += f", first in the output of module {module!r}"
-    raise PruningError(f"{message}. (If the weights have changed since plan_pruning, plan again.)")
+    plan = "plan_pruning" if made == "pruned" else "plan_ordering"
+    raise PruningError(f"{message}. (If the weights have changed since {plan}, plan again.)")
 
 
 def _sizes(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
@@ -195,19 +213,19 @@ class Difference:
         return self.largest / max(self.scale, 1e-30)
 
 
-def difference_of(expected: Any, actual: Any) -> Difference:
+def difference_of(expected: Any, actual: Any, made: Made = "pruned") -> Difference:
     """Raises PruningError where they differ in more than numbers."""
     worst = Difference()
     for one, other in zip(_leaves(expected), _leaves(actual), strict=True):
         if not isinstance(one, Tensor):
             if isinstance(one, int | float | str) and one != other:
                 raise PruningError(
-                    f"the pruned network returns {other!r} where the model returns {one!r}"
+                    f"the {made} network returns {other!r} where the model returns {one!r}"
                 )
             continue
         if one.shape != other.shape:
             raise PruningError(
-                f"an output of the pruned network has shape {tuple(other.shape)} instead of "
+                f"an output of the {made} network has shape {tuple(other.shape)} instead of "
                 f"{tuple(one.shape)}"
             )
         found = _difference(one, other)

@@ -5,6 +5,7 @@ import torch
 from helpers.zoo.case import Weight, Wired, with_random_weights
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
 
 import taildropout as td
 from taildropout import TailDropout
@@ -100,6 +101,25 @@ def test_heads_go_with_all_that_share_their_keys(share):
     found, others = found_in(model, 2, 7, 5)
     assert found == {"input of o": (24, 4 * share, "heads")}
     assert len(others) == 2  # what goes in, and what comes out
+
+
+def shared_attention(m, x):
+    q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in (m.q(x), m.k(x), m.v(x)))
+    heads = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return m.o(heads.transpose(1, 2).flatten(2))
+
+
+def test_heads_go_with_all_that_share_their_keys_in_torchs_own_attention():
+    model = net(
+        shared_attention, q=linear(24, 5), k=linear(8, 5), v=linear(8, 5), o=linear(3, 24)
+    ).double()
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    (place,) = td.places(model, x)
+    assert (place.name, place.at, place.n, place.multiple_of) == ("o", "input", 24, 12)
+    td.nest(model, x)
+    small = td.prune(model, 0.5, x)
+    with td.at_width(model, 0.5):
+        assert_close(small(x), model.eval()(x), rtol=1e-10, atol=1e-12)
 
 
 def test_a_new_network_promises_no_more_than_a_trained_one():
