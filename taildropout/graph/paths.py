@@ -243,10 +243,10 @@ def _candidates(relation: sympy.Basic, own: int) -> list[int]:
 
 
 def _neighbours(export: Export) -> Iterator[_Turn]:
-    """The neighbours of sizes that the model's code uses as numbers, and one further away."""
+    """The neighbours of sizes that the model's code uses as numbers, and some further away."""
     for dim, size in export.numbers:
-        for other in (size - 1, size + 1, 4 * size + 1):
-            if other > 0:
+        for other in dict.fromkeys((size - 1, size + 1, 1, 2, 4 * size + 1)):
+            if other not in (0, size):
                 yield _turn_of_number(export, dim, size, other, far=abs(other - size) > 1)
 
 

@@ -185,3 +185,23 @@ def test_inputs_are_left_without_marks():
     x = torch.randn(2, 7, 3).double()
     td.plan_pruning(as_trained(M(forward)).double(), K, x)
     assert vars(x) == {}
+
+
+def test_a_length_of_one_is_read_where_a_recurrent_layer_makes_lengths_numbers():
+    """Torch unrolls it, and what the code compares behind it is no symbol any more."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.t, self.b = (
+                nn.GRU(3, 12, batch_first=True),
+                td.TailDropout(),
+                nn.Linear(12, 2),
+            )
+
+        def forward(self, x):
+            h = self.t(self.a(x)[0])
+            return self.b(h.cos() if h.shape[1] == 1 else h)
+
+    others = [(torch.randn(2, length, 3),) for length in (1, 2, 7, 9, 20)]
+    assert_exact(Net(), (torch.randn(2, 8, 3),), others)
