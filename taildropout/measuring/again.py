@@ -57,14 +57,16 @@ class MeasuredAgain:
         }
 
     def curves(
-        self, widths: Mapping[str, int | None], ks_of: Mapping[str, Sequence[int]]
+        self, widths: Mapping[str, int], ks_of: Mapping[str, Sequence[int]]
     ) -> dict[str, Moments]:
-        """Of each named layer the losses at its ks, the others at their widths; None is full.
+        """Of each named layer the losses at its ks, the others at their widths.
 
         Raises:
             ValueError: no data.
         """
         found = {name: Moments(len(ks)) for name, ks in ks_of.items()}
+        if not found:
+            return {}
         total = len(self.data) if isinstance(self.data, Sized) else None
         with as_it_was(self.model), quiet(), torch.no_grad():
             numbers = RandomNumbers(self.model)

@@ -118,14 +118,15 @@ def choose_widths(
     some = curves[next(iter(layers))]
     path = [WidthStep(widths, cost_at(widths), some.loss[-1], some.stderr[-1])]
     while path[-1].cost > limit:
-        if len(path) > 1:  # nothing else has changed for the layer that was narrowed last
-            others = {name: ks for name, ks in sizes.items() if name != narrowed}
-            curves = {narrowed: curves[narrowed], **_curves(measured, widths, others)}
         narrowed, k = _cheapest(curves, widths, cost_at, limit)
-        curves[narrowed] = curves[narrowed].up_to(k)
+        now = curves[narrowed].up_to(k)  # for the layer itself nothing else has changed
         widths = {**widths, narrowed: k}
-        now = curves[narrowed]
         path.append(WidthStep(widths, cost_at(widths), now.loss[-1], now.stderr[-1]))
+        if path[-1].cost > limit:
+            others = {
+                name: ks for name, ks in sizes.items() if name != narrowed and ks[0] < widths[name]
+            }
+            curves = {narrowed: now, **_curves(measured, widths, others)}
     return WidthPath(of, path)
 
 
@@ -160,9 +161,9 @@ def _cheapest(
     cost = cost_at(widths)
     ranks: dict[tuple[str, int], tuple[float, float]] = {}
     for name in widths:
-        ks, loss = curves[name].ks, curves[name].loss
-        if len(ks) < 2:
+        if name not in curves or len(curves[name].ks) < 2:
             continue
+        ks, loss = curves[name].ks, curves[name].loss
         # Costs are products of widths: along one of them they are a straight line.
         saved_by_all = cost - cost_at({**widths, name: ks[0]})
         for k, at_k in zip(ks, loss, strict=True):
