@@ -1,14 +1,15 @@
 """The losses of one network at the ks of its layers, measured again and again."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layers import TailDropout
+from ..models.hooks import with_forwards
 from ..models.inputs import Inputs, pair_of, to_device
 from ..models.sharded import check_whole_layers
 from ..models.width import as_it_was
@@ -31,6 +32,7 @@ class MeasuredAgain:
         loss: as in `scree`.
         data: as in `scree`.
         layers: by name.
+        n_of: their numbers of features.
         progress: show a progress bar for each time that the data are gone through.
     """
 
@@ -40,10 +42,12 @@ class MeasuredAgain:
         loss: Loss,
         data: Iterable[tuple[Inputs, Any]],
         layers: Mapping[str, TailDropout],
+        n_of: Mapping[str, int],
         progress: bool,
     ) -> None:
         check_whole_layers(model, "choose_widths")
-        self.model, self.data, self.layers, self.progress = model, data, layers, progress
+        self.model, self.data, self.layers = model, data, layers
+        self.n_of, self.progress = n_of, progress
         self.device = next((parameter.device for parameter in model.parameters()), None)
         self.losses = {
             name: Losses(
@@ -77,10 +81,15 @@ class MeasuredAgain:
                 for name, ks in ks_of.items():
                     numbers.go_back_to(start)
                     grid = [{self.layers[name]: k} for k in ks]
+                    masks: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
                     with ExitStack() as stack:
                         for other, layer in self.layers.items():
                             stack.enter_context(layer.using_width(None))
-                            layer.set_k(None if other == name else widths[other])
+                            full = other == name or widths[other] == self.n_of[other]
+                            layer.set_k(None if full else widths[other])
+                            if not full:
+                                masks[layer] = _masked(layer, widths[other])
+                        stack.enter_context(with_forwards(masks))
                         found[name].add(self.losses[name].of(inputs, target, grid))
         return {name: self._whole(ks_of[name], moments) for name, moments in found.items()}
 
@@ -89,3 +98,14 @@ class MeasuredAgain:
         if together is None or together.count == 0:
             raise ValueError("data must yield at least one sample, got none (a used-up generator?)")
         return together
+
+
+def _masked(layer: TailDropout, k: int) -> Callable[[Tensor], Tensor]:
+    """What the layer does with k set; under vmap its own function, made for gradients, is slow."""
+
+    def forward(features: Tensor) -> Tensor:
+        behind = features.ndim - 1 - range(features.ndim)[layer.dropout_dim]
+        kept = torch.arange(features.shape[layer.dropout_dim], device=features.device) < k
+        return torch.where(kept.view(-1, *[1] * behind), features, features.new_zeros(()))
+
+    return forward

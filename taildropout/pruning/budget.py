@@ -62,8 +62,8 @@ def choose_widths(
 
     Greedily: all layers start at full width. For each layer the loss is measured at every k (with
     the others at their present widths), and the layer whose loss rises least for each parameter
-    (or FLOP) saved gives up some of its features. Then everything is measured again, until the
-    budget is met. A layer may give up anything from one step of 1/`steps` of its features to all
+    (or FLOP) saved gives up some of its features. Then all other layers are measured again, until
+    the budget is met: what narrowing one does to the curves of the others is not to be foreseen. A layer may give up anything from one step of 1/`steps` of its features to all
     that it has, so one that can lose many at once for nothing does.
 
     Args:
@@ -112,7 +112,7 @@ def choose_widths(
         for name, n in smallest.n.items()
     }
     cost_at = _Costs(smallest, of, sizes)
-    measured = MeasuredAgain(model, loss, data, layers, progress)
+    measured = MeasuredAgain(model, loss, data, layers, smallest.n, progress)
     widths = dict(smallest.n)
     curves = _curves(measured, widths, sizes)
     some = curves[next(iter(layers))]
@@ -187,18 +187,16 @@ class _Costs:
         self.plan, self.of, self.n = plan, of, dict(plan.n)
         self.lowest = {name: ks[0] for name, ks in sizes.items() if ks[0] < plan.n[name]}
         self.planned: dict[tuple[int, ...], int] = {}
-        self.terms = {(): self._planned(self.n)}
-        cut = {}
+        self.terms: dict[tuple[str, ...], int] = {(): self._planned(self.n)}
+        cut_by = {}
         for name in self.lowest:
             alone = self._plan({**self.n, name: self.lowest[name]})
-            cut[name] = {cut.name for cut in alone.cuts}
+            cut_by[name] = {cut.name for cut in alone.cuts}
             self.terms[name,] = self._cost(alone) - self.terms[()]
         for pair in combinations(self.lowest, 2):
-            if cut[pair[0]] & cut[pair[1]]:
-                both = self._planned({**self.n, **{name: self.lowest[name] for name in pair}})
-                self.terms[pair] = both - self._from_terms(
-                    {**self.n, **{name: self.lowest[name] for name in pair}}
-                )
+            if cut_by[pair[0]] & cut_by[pair[1]]:
+                both = {**self.n, **{name: self.lowest[name] for name in pair}}
+                self.terms[pair] = self._planned(both) - self._from_terms(both)
         narrow = [
             {name: ks[0] for name, ks in sizes.items()},
             {name: ks[len(ks) // 2] for name, ks in sizes.items()},
@@ -213,12 +211,10 @@ class _Costs:
             name: (self.n[name] - widths[name]) / (self.n[name] - lowest)
             for name, lowest in self.lowest.items()
         }
-        return round(
-            sum(
-                term * math.prod(narrowed[name] for name in names)
-                for names, term in self.terms.items()
-            )
-        )
+        cost = 0.0
+        for names, term in self.terms.items():
+            cost += term * math.prod([narrowed[name] for name in names])
+        return round(cost)
 
     def _planned(self, widths: dict[str, int]) -> int:
         key = tuple(widths.values())
