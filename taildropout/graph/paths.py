@@ -5,7 +5,7 @@ what it compared is turned around: the model is read at sizes, too, where a comp
 otherwise, and at the neighbours of sizes that it uses as numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 from ..models.copies import PruningError, first_line, with_own_buffers
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, as_arguments, call, leaving_no_trace, tensors_of
-from .exports import Compared, Comparison, Export, Knows, Tied, export, of_shapes, shape, traceable
+from .exports import (
+    LAYER,
+    Compared,
+    Comparison,
+    Export,
+    Knows,
+    Tied,
+    export,
+    of_shapes,
+    shape,
+    traceable,
+)
 
 # As many paths are read, at most.
 MOST_PATHS = 6
@@ -52,8 +63,8 @@ class Paths:
 class _Turn:
     """Sizes at which the model may take another path.
 
-    `alone`: a path of these sizes and no others. `far`: only if other functions are called there.
-    `instead` are tried where the model does not run.
+    `alone`: a path of these sizes and no others. `far`: only if other functions are called there,
+    or layers get other numbers of features. `instead` are tried where the model does not run.
     """
 
     words: str
@@ -159,7 +170,10 @@ def _export_untied(
 
 
 def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
-    """The names of torch's functions; None where the model does not take inputs of such sizes."""
+    """The names of torch's functions, and how many features layers have.
+
+    None where the model does not take inputs of such sizes.
+    """
     names = _Names()
     try:
         with on_fakes(traced, inputs) as (fake, fake_inputs), names:
@@ -176,6 +190,8 @@ class _Names(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.add(str(getattr(func, "__name__", func)))
+        if func is LAYER:
+            self.seen.add(f"{args[1:]}")
         return func(*args, **(kwargs or {}))
 
 
@@ -251,19 +267,28 @@ def _neighbours(export: Export) -> Iterator[_Turn]:
 
 
 def _turn_of_number(export: Export, dim: int, size: int, other: int, far: bool = False) -> _Turn:
-    """Inputs in which a dim of this size has another one; if need be, all else is of size one."""
+    """Inputs in which a dim of this size has another one.
 
-    def turn(inputs: Any, *instead: _Turn) -> _Turn:
+    If need be all else is of size one, or all dims of this size have the other one.
+    """
+
+    def turn(inputs: Any, *instead: _Turn, dims: Collection[int] = (dim,)) -> _Turn:
         tensors, old = (tensors_of(as_arguments(i)) for i in (inputs, export.inputs))
-        shapes = [list(tensor.shape) for tensor in tensors]
-        for sizes, tensor in zip(shapes, old, strict=True):
-            if tensor.ndim > dim and tensor.shape[dim] == size:
-                sizes[dim] = other
+        shapes = [
+            [other if d in dims and n == size else new for d, (n, new) in enumerate(pairs)]
+            for pairs in (
+                zip(a.shape, b.shape, strict=True) for a, b in zip(old, tensors, strict=True)
+            )
+        ]
         words = f"size {other} instead of {size} in dim {dim}"
         return _Turn(words, of_shapes(inputs, shapes), alone=True, instead=instead, far=far)
 
     own = export.values_at(export.inputs) or {}
-    return turn(export.inputs, turn(export.resized(dict.fromkeys(own, 1))))
+    ones = turn(export.resized(dict.fromkeys(own, 1)))
+    alike = turn(
+        export.inputs, dims=range(max(x.ndim for x in tensors_of(as_arguments(export.inputs))))
+    )
+    return turn(export.inputs, ones, alike)
 
 
 def _beyond_numbers(exports: list[Export]) -> Iterator[str]:
