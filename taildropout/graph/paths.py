@@ -63,8 +63,8 @@ class Paths:
 class _Turn:
     """Sizes at which the model may take another path.
 
-    `alone`: a path of these sizes and no others. `far`: only if other functions are called there,
-    or layers get other numbers of features. `instead` are tried where the model does not run.
+    `alone`: a path of these sizes and no others. `far`: only if other functions are called there, or
+    layers get other numbers of features. `instead` are tried where the model does not run.
     """
 
     words: str
@@ -100,7 +100,7 @@ def read_paths(
         if called is None:
             waiting += turn.instead
             continue
-        if turn.far and called <= (usual() or called):
+        if turn.far and _looks_alike(called, usual() or called):
             continue
         if len(exports) == most:
             unread.append(f"{turn.words}, on more than {most} paths")
@@ -169,8 +169,13 @@ def _export_untied(
     return _export_untied(traced, inputs, fewer, knows, compared)
 
 
-def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
-    """The names of torch's functions, and how many features layers have.
+def _looks_alike(called: list[str], usual: list[str]) -> bool:
+    """Whether the same is called, or the same again and again, as at a larger size."""
+    return called == usual or (len(called) > len(usual) and set(called) == set(usual))
+
+
+def _functions_called(traced: nn.Module, inputs: Inputs) -> list[str] | None:
+    """The names of torch's functions in turn, and how many features layers have.
 
     None where the model does not take inputs of such sizes.
     """
@@ -186,12 +191,12 @@ def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
 class _Names(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[str] = set()
+        self.seen: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(str(getattr(func, "__name__", func)))
+        self.seen.append(str(getattr(func, "__name__", func)))
         if func is LAYER:
-            self.seen.add(f"{args[1:]}")
+            self.seen.append(f"{args[1:]}")
         return func(*args, **(kwargs or {}))
 
 

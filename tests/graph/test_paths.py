@@ -234,3 +234,14 @@ def test_a_length_that_must_be_the_size_of_the_batch():
 
     others = [(torch.randn(size, size, 3),) for size in (1, 2, 7, 9)]
     assert_exact(BehindRecurrence(forward), (torch.randn(8, 8, 3),), others)
+
+
+def test_what_is_left_out_at_small_lengths_behind_a_recurrent_layer():
+    def forward(s, h):
+        h = s.t(h)
+        return s.b(h if h.shape[1] < 3 else h + 1) + 1
+
+    model = BehindRecurrence(forward)
+    model.b, model.t = nn.Linear(12, 2), td.TailDropout()
+    others = [(torch.randn(2, length, 3),) for length in (1, 2, 3, 6, 8)]
+    assert_exact(model, (torch.randn(2, 7, 3),), others)
