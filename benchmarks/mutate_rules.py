@@ -863,7 +863,7 @@ MUTATIONS = [
         PATHS,
         "return turn(export.inputs, ones, alike)",
         "return turn(export.inputs, ones)",
-        "size_of_the_batch",
+        "size_of_the_batch or batch_alone",
     ),
     Mutation(
         "small lengths where lengths are numbers",

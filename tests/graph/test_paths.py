@@ -245,3 +245,16 @@ def test_what_is_left_out_at_small_lengths_behind_a_recurrent_layer():
     model.b, model.t = nn.Linear(12, 2), td.TailDropout()
     others = [(torch.randn(2, length, 3),) for length in (1, 2, 3, 6, 8)]
     assert_exact(model, (torch.randn(2, 7, 3),), others)
+
+
+def test_a_length_that_changes_with_the_batch_alone():
+    """Square inputs are added to themselves across, and multiplied by their size."""
+
+    def forward(s, h):
+        h = s.t(h).cos()
+        return s.b((h + h.transpose(0, 1)) * h.shape[1])
+
+    model = BehindRecurrence(forward)
+    model.b, model.t = nn.Linear(12, 2), td.TailDropout()
+    others = [(torch.randn(size, size, 3),) for size in (1, 2, 7, 9)]
+    assert_exact(model, (torch.randn(8, 8, 3),), others)
