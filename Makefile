@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/scree.py
+	$(BIN)/python benchmarks/widths.py
 
 figures: $(READY)
 	$(BIN)/python -m docs.figures

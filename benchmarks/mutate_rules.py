@@ -332,8 +332,8 @@ MUTATIONS = [
     Mutation(
         "a size that fills is not known",
         CONSTANTS,
-        "return all_of(number)(operation, dim, facts) if isinstance(number, int | float) else None",
-        "return all_of(number)(operation, dim, facts)",
+        "        if not isinstance(number, int | float):\n            return None\n        alike",
+        "        alike",
         "full_like_a_size",
     ),
     Mutation(
@@ -854,9 +854,37 @@ MUTATIONS = [
     Mutation(
         "sizes that run only where all others are one",
         PATHS,
-        "return turn(export.inputs, turn(export.resized(dict.fromkeys(own, 1))))",
-        "return turn(export.inputs)",
+        "return turn(export.inputs, ones, alike)",
+        "return turn(export.inputs, alike)",
         "all_others_are_one",
+    ),
+    Mutation(
+        "dims of one size that change together",
+        PATHS,
+        "return turn(export.inputs, ones, alike)",
+        "return turn(export.inputs, ones)",
+        "size_of_the_batch or batch_alone",
+    ),
+    Mutation(
+        "small lengths where lengths are numbers",
+        PATHS,
+        "(size - 1, size + 1, 1, 2, 4 * size + 1)",
+        "(size - 1, size + 1, 4 * size + 1)",
+        "length_of_one or left_out",
+    ),
+    Mutation(
+        "steps that are left out at small lengths",
+        PATHS,
+        "return called == usual or (len(called) > len(usual) and set(called) == set(usual))",
+        "return set(called) <= set(usual)",
+        "left_out",
+    ),
+    Mutation(
+        "layers with other numbers of features at small lengths",
+        PATHS,
+        '            self.seen.append(f"{args[1:]}")',
+        "            pass",
+        "fewer_features",
     ),
     Mutation(
         "inputs are left without marks",

@@ -81,6 +81,25 @@ def raises_value_error(*args):
         measure(*args[1:])
 
 
+def ordered_weights(shares, by):
+    """Of a DistributedDataParallel model, ordered in place by this process's share."""
+    data = [rows(start, end) for start, end in shares[dist.get_rank()]]
+    model = DistributedDataParallel(network())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    td.order(model, data, loss=nn.MSELoss(), by=by, optimizer=optimizer)
+    return model.module[0].weight.detach()
+
+
+@pytest.mark.parametrize("by", ["variance", "saliency", "greedy"])
+def test_the_order_is_that_of_one_process_with_all_data(processes, by):
+    shares = [[(0, 20), (20, 30)], [(30, 60)]] if processes.world == 2 else UNEVEN
+    model, data = network(), [rows(0, 60)]
+    expected = td.order(model, data, loss=nn.MSELoss(), by=by)[0].weight.detach()
+    assert not torch.equal(expected, model[0].weight)
+    for weight in processes.run(ordered_weights, shares, by):
+        assert torch.equal(weight, expected)
+
+
 def test_no_data_anywhere_is_an_error_in_every_process(processes):
     processes.run(raises_value_error, "at least one sample", [[]] * processes.world)
 

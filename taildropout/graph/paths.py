@@ -5,7 +5,7 @@ what it compared is turned around: the model is read at sizes, too, where a comp
 otherwise, and at the neighbours of sizes that it uses as numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 from ..models.copies import PruningError, first_line, with_own_buffers
 from ..models.fakes import on_fakes
 from ..models.inputs import Inputs, as_arguments, call, leaving_no_trace, tensors_of
-from .exports import Compared, Comparison, Export, Knows, Tied, export, of_shapes, shape, traceable
+from .exports import (
+    LAYER,
+    Compared,
+    Comparison,
+    Export,
+    Knows,
+    Tied,
+    export,
+    of_shapes,
+    shape,
+    traceable,
+)
 
 # As many paths are read, at most.
 MOST_PATHS = 6
@@ -52,8 +63,8 @@ class Paths:
 class _Turn:
     """Sizes at which the model may take another path.
 
-    `alone`: a path of these sizes and no others. `far`: only if other functions are called there.
-    `instead` are tried where the model does not run.
+    `alone`: a path of these sizes and no others. `far`: only if other functions are called there, or
+    layers get other numbers of features. `instead` are tried where the model does not run.
     """
 
     words: str
@@ -89,7 +100,7 @@ def read_paths(
         if called is None:
             waiting += turn.instead
             continue
-        if turn.far and called <= (usual() or called):
+        if turn.far and _looks_alike(called, usual() or called):
             continue
         if len(exports) == most:
             unread.append(f"{turn.words}, on more than {most} paths")
@@ -158,8 +169,16 @@ def _export_untied(
     return _export_untied(traced, inputs, fewer, knows, compared)
 
 
-def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
-    """The names of torch's functions; None where the model does not take inputs of such sizes."""
+def _looks_alike(called: list[str], usual: list[str]) -> bool:
+    """Whether the same is called, or the same again and again, as at a larger size."""
+    return called == usual or (len(called) > len(usual) and set(called) == set(usual))
+
+
+def _functions_called(traced: nn.Module, inputs: Inputs) -> list[str] | None:
+    """The names of torch's functions in turn, and how many features layers have.
+
+    None where the model does not take inputs of such sizes.
+    """
     names = _Names()
     try:
         with on_fakes(traced, inputs) as (fake, fake_inputs), names:
@@ -172,10 +191,12 @@ def _functions_called(traced: nn.Module, inputs: Inputs) -> set[str] | None:
 class _Names(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[str] = set()
+        self.seen: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(str(getattr(func, "__name__", func)))
+        self.seen.append(str(getattr(func, "__name__", func)))
+        if func is LAYER:
+            self.seen.append(f"{args[1:]}")
         return func(*args, **(kwargs or {}))
 
 
@@ -243,27 +264,36 @@ def _candidates(relation: sympy.Basic, own: int) -> list[int]:
 
 
 def _neighbours(export: Export) -> Iterator[_Turn]:
-    """The neighbours of sizes that the model's code uses as numbers, and one further away."""
+    """The neighbours of sizes that the model's code uses as numbers, and some further away."""
     for dim, size in export.numbers:
-        for other in (size - 1, size + 1, 4 * size + 1):
-            if other > 0:
+        for other in dict.fromkeys((size - 1, size + 1, 1, 2, 4 * size + 1)):
+            if other not in (0, size):
                 yield _turn_of_number(export, dim, size, other, far=abs(other - size) > 1)
 
 
 def _turn_of_number(export: Export, dim: int, size: int, other: int, far: bool = False) -> _Turn:
-    """Inputs in which a dim of this size has another one; if need be, all else is of size one."""
+    """Inputs in which a dim of this size has another one.
 
-    def turn(inputs: Any, *instead: _Turn) -> _Turn:
+    If need be all else is of size one, or all dims of this size have the other one.
+    """
+
+    def turn(inputs: Any, *instead: _Turn, dims: Collection[int] = (dim,)) -> _Turn:
         tensors, old = (tensors_of(as_arguments(i)) for i in (inputs, export.inputs))
-        shapes = [list(tensor.shape) for tensor in tensors]
-        for sizes, tensor in zip(shapes, old, strict=True):
-            if tensor.ndim > dim and tensor.shape[dim] == size:
-                sizes[dim] = other
+        shapes = [
+            [other if d in dims and n == size else new for d, (n, new) in enumerate(pairs)]
+            for pairs in (
+                zip(a.shape, b.shape, strict=True) for a, b in zip(old, tensors, strict=True)
+            )
+        ]
         words = f"size {other} instead of {size} in dim {dim}"
         return _Turn(words, of_shapes(inputs, shapes), alone=True, instead=instead, far=far)
 
     own = export.values_at(export.inputs) or {}
-    return turn(export.inputs, turn(export.resized(dict.fromkeys(own, 1))))
+    ones = turn(export.resized(dict.fromkeys(own, 1)))
+    alike = turn(
+        export.inputs, dims=range(max(x.ndim for x in tensors_of(as_arguments(export.inputs))))
+    )
+    return turn(export.inputs, ones, alike)
 
 
 def _beyond_numbers(exports: list[Export]) -> Iterator[str]:

@@ -9,6 +9,7 @@ Not all code runs under vmap. So each way of computing the losses is compared wi
 which set k, before it is trusted, and there are slower ones to fall back on.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,9 +27,8 @@ from .cuts import Cut
 from .once import RandomNumbers, RandomState, RunOnce, modules_without
 from .vmapped import folding_forwards, without_leftovers
 
-# More at once is slower: a chunk's activations no longer fit into the cache of a CPU, or anything
-# much larger than a GPU needs to be busy.
-_ENOUGH = 2**23
+# Bytes of all activations behind the layer, few of which are alive at a time. More is no faster.
+_ENOUGH = 2**26
 
 Grid = Sequence[Mapping[TailDropout, int]]
 """Which k each layer has at each point of a measurement: the layers are the same at all points."""
@@ -86,38 +86,42 @@ class Losses:
         """In float64 on the CPU, `(points, batch)`. All points see the same random numbers."""
         start = self.numbers.now()
         if not self.trusted:
-            some = [grid[i] for i in sorted({i * (len(grid) - 1) // 3 for i in range(4)})]
-            expected = self._one_by_one(inputs, target, some)
-            if expected.shape[1] > 0:  # no samples prove nothing
-                self._find_way(inputs, target, some, expected, start)
-        self.numbers.go_back_to(start)
-        try:
-            way = self.ways[0] if self.trusted else self._one_by_one
-            losses = way(inputs, target, grid)
-        except Exception as error:  # the plain runs go through, or raise what is to be raised
-            self.numbers.go_back_to(start)
-            losses = self._one_by_one(inputs, target, grid)
-            self._distrust(error)  # this batch went another way through the network
+            losses = self._of_first_batch(inputs, target, grid, start)
+        else:
+            try:
+                losses = self.ways[0](inputs, target, grid)
+            except Exception as error:  # the plain runs go through, or raise what is to be raised
+                self.numbers.go_back_to(start)
+                losses = self._one_by_one(inputs, target, grid)
+                self._distrust(error)  # this batch went another way through the network
         if self.slow_because is not None:
             self._warn(self.slow_because)
             self.slow_because = None
         return losses
 
-    def _find_way(
-        self, inputs: Inputs, target: Any, some: Grid, expected: Tensor, start: RandomState
-    ) -> None:
-        """The first that agrees with plain runs at some points."""
-        try:
-            self._look(inputs)
-        except Exception as error:  # a module that takes no hooks
-            self.ways, self.trusted, self.slow_because = [self._one_by_one], True, error
-        while not self.trusted:
-            self.numbers.go_back_to(start)
+    def _of_first_batch(
+        self, inputs: Inputs, target: Any, grid: Grid, start: RandomState
+    ) -> Tensor:
+        """By the first way that agrees with plain runs at the ends of the grid and in between."""
+        some = sorted({0, (len(grid) - 1) // 2, len(grid) - 1})
+        expected = self._one_by_one(inputs, target, [grid[i] for i in some])
+        if expected.shape[1] > 0:  # no samples prove nothing
             try:
-                self._check(self.ways[0](inputs, target, some), expected)
-                self.trusted = True
-            except Exception as error:
-                self._distrust(error)
+                self._look(inputs)
+            except Exception as error:  # a module that takes no hooks
+                self.ways, self.trusted, self.slow_because = [self._one_by_one], True, error
+            while not self.trusted:
+                self.numbers.go_back_to(start)
+                try:
+                    losses = self.ways[0](inputs, target, grid)
+                    self._check(losses, len(grid), some, expected)
+                except Exception as error:
+                    self._distrust(error)
+                else:
+                    self.trusted = True
+                    return losses
+        self.numbers.go_back_to(start)
+        return self._one_by_one(inputs, target, grid)
 
     def _distrust(self, error: Exception) -> None:
         self.trusted = self.ways[1:] == [self._one_by_one]
@@ -159,8 +163,9 @@ class Losses:
     ) -> Tensor:
         readers = {**self.tail_linears, **(readers or {})}
         bytes_of_point = self._bytes_of_point(inputs, set(readers.values()))
-        enough = max(2, _ENOUGH // bytes_of_point) if self.trusted else 2  # chunks, to be checked
-        size = max(1, min(enough, self.memory // bytes_of_point))
+        size = max(1, min(max(2, _ENOUGH // bytes_of_point), self.memory // bytes_of_point))
+        if not self.trusted:  # at least two chunks, to be checked
+            size = min(size, math.ceil(len(grid) / 2))
         ks_of_layers = [torch.tensor([ks[layer] for ks in grid]) for layer in self.cuts]
 
         def run(*ks: Tensor) -> Tensor:
@@ -267,16 +272,16 @@ class Losses:
         )
         bytes_of_inputs = sum(tensor.nbytes for tensor in tensors_of(inputs))
         larger = bytes_of_inputs / self.bytes_of_inputs if self.bytes_of_inputs else 1
-        return max(1, int(2 * (self.bytes_behind + features) * larger))
+        return max(1, int(3 * (self.bytes_behind + features) * larger))
 
-    def _check(self, actual: Tensor, expected: Tensor) -> None:
+    def _check(self, losses: Tensor, points: int, some: list[int], expected: Tensor) -> None:
         precise = self.dtype in (torch.float32, torch.float64)
         rtol = 1e-4 if precise else 0.05
         atol = 0.1 * rtol * float(expected.nan_to_num(posinf=0, neginf=0).abs().mean())
-        if actual.shape != expected.shape:
-            raise NotTrustedError(
-                f"losses of shape {tuple(actual.shape)} where {tuple(expected.shape)} is right"
-            )
+        shape = (points, *expected.shape[1:])
+        if losses.shape != shape:
+            raise NotTrustedError(f"losses of shape {tuple(losses.shape)} where {shape} is right")
+        actual = losses[some]
         if not torch.allclose(actual, expected, rtol, atol, equal_nan=True):
             difference = float((actual - expected).abs().max())
             raise NotTrustedError(

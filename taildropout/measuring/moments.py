@@ -40,6 +40,10 @@ class Moments:
         divisor = self.count - 1 if self.count > 1 else float("nan")
         return self.squares / divisor
 
+    def stderr(self) -> Tensor:
+        """Of each mean."""
+        return (self.covariance().diagonal() / self.count).sqrt()
+
 
 def of_all_processes(
     ks: Sequence[float] | None, moments: Moments | None

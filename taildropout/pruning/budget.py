@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 from torch import nn
 
+from ..measuring.again import MeasuredAgain
 from ..measuring.per_sample import Loss
-from ..measuring.scree import scree
 from ..models.inputs import Inputs
 from ..models.insert import tail_dropouts
 from ..models.width import rounded_up
-from .plan import plan_pruning
+from .plan import PrunePlan, plan_pruning
 
 _ANY = 1e-6  # a width at which each layer has one feature, or one group of them
 
@@ -62,8 +62,8 @@ def choose_widths(
 
     Greedily: all layers start at full width. For each layer the loss is measured at every k (with
     the others at their present widths), and the layer whose loss rises least for each parameter
-    (or FLOP) saved gives up some of its features. Then everything is measured again, until the
-    budget is met. A layer may give up anything from one step of 1/`steps` of its features to all
+    (or FLOP) saved gives up some of its features. Then all other layers are measured again, until
+    the budget is met: what narrowing one does to the curves of the others is not to be foreseen. A layer may give up anything from one step of 1/`steps` of its features to all
     that it has, so one that can lose many at once for nothing does.
 
     Args:
@@ -102,50 +102,131 @@ def choose_widths(
         raise ValueError("data is gone through many times: pass a list or DataLoader, no generator")
     smallest = plan_pruning(model, _ANY, example_inputs, multiple_of=multiple_of)
     layers = {name: m for name, m in tail_dropouts(model).items() if name in smallest.k}
-    first = next(iter(layers))
-
-    def cost_at(widths: dict[str, int]) -> int:
-        return int(getattr(smallest.at(widths, check=False).after, of))
-
     limit = budget * getattr(smallest.before, of)
     if getattr(smallest.after, of) > limit:
         raise ValueError(
             f"budget {budget} is too small: layers of {_features(multiple_of)} exceed it"
         )
-    widths = dict(smallest.n)
     sizes = {
         name: _sizes(n, steps, math.lcm(multiple_of, layers[name].multiple_of))
-        for name, n in widths.items()
+        for name, n in smallest.n.items()
     }
-    path: list[WidthStep] = []
-    while True:
-        cost = cost_at(widths)
-        best: tuple[tuple[float, float], dict[str, int]] | None = None
-        for name in layers:
-            ks = [k for k in sizes[name] if k <= widths[name]]
-            with ExitStack() as stack:
-                for other, layer in layers.items():
-                    stack.enter_context(layer.using_k(None if other == name else widths[other]))
-                curve = scree(model, loss, data, layer=name, ks=ks, progress=progress)
-            if name == first:
-                path.append(WidthStep(widths, cost, float(curve.loss[-1]), float(curve.stderr[-1])))
-                if cost <= limit:
-                    return WidthPath(of, path)
-            if len(ks) < 2:
-                continue
-            # Costs are products of widths: along one of them they are a straight line.
-            saved_by_all = cost - cost_at({**widths, name: ks[0]})
-            for k, rise in zip(ks, (curve.loss - curve.loss[-1]).tolist(), strict=True):
-                saved = saved_by_all * (ks[-1] - k) / (ks[-1] - ks[0])
-                enough = cost - saved <= limit  # then a larger k will do, or is not enough
-                if saved > 0 and (
-                    not enough or k == _largest_enough(ks, saved_by_all, cost - limit)
-                ):
-                    rank = (rise / saved, -saved)
-                    if best is None or rank < best[0]:
-                        best = (rank, {**widths, name: k})
-        assert best is not None  # some layer has more than one feature, or the budget is met
-        widths = best[1]
+    cost_at = _Costs(smallest, of, sizes)
+    measured = MeasuredAgain(model, loss, data, layers, smallest.n, progress)
+    widths = dict(smallest.n)
+    curves = _curves(measured, widths, sizes)
+    some = curves[next(iter(layers))]
+    path = [WidthStep(widths, cost_at(widths), some.loss[-1], some.stderr[-1])]
+    while path[-1].cost > limit:
+        narrowed, k = _cheapest(curves, widths, cost_at, limit)
+        now = curves[narrowed].up_to(k)  # for the layer itself nothing else has changed
+        widths = {**widths, narrowed: k}
+        path.append(WidthStep(widths, cost_at(widths), now.loss[-1], now.stderr[-1]))
+        if path[-1].cost > limit:
+            others = {
+                name: ks for name, ks in sizes.items() if name != narrowed and ks[0] < widths[name]
+            }
+            curves = {narrowed: now, **_curves(measured, widths, others)}
+    return WidthPath(of, path)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What one layer loses, the others at their widths: the last k is the present one."""
+
+    ks: list[int]
+    loss: list[float]
+    stderr: list[float]
+
+    def up_to(self, k: int) -> "_Curve":
+        count = self.ks.index(k) + 1
+        return _Curve(self.ks[:count], self.loss[:count], self.stderr[:count])
+
+
+def _curves(
+    measured: MeasuredAgain, widths: dict[str, int], sizes: dict[str, list[int]]
+) -> dict[str, _Curve]:
+    ks_of = {name: [k for k in ks if k <= widths[name]] for name, ks in sizes.items()}
+    found = measured.curves(widths, ks_of)
+    return {
+        name: _Curve(ks_of[name], moments.mean.tolist(), moments.stderr().tolist())
+        for name, moments in found.items()
+    }
+
+
+def _cheapest(
+    curves: dict[str, _Curve], widths: dict[str, int], cost_at: "_Costs", limit: float
+) -> tuple[str, int]:
+    """The layer and the k at which the loss rises least for what is saved."""
+    cost = cost_at(widths)
+    ranks: dict[tuple[str, int], tuple[float, float]] = {}
+    for name in widths:
+        if name not in curves or len(curves[name].ks) < 2:
+            continue
+        ks, loss = curves[name].ks, curves[name].loss
+        # Costs are products of widths: along one of them they are a straight line.
+        saved_by_all = cost - cost_at({**widths, name: ks[0]})
+        for k, at_k in zip(ks, loss, strict=True):
+            saved = saved_by_all * (ks[-1] - k) / (ks[-1] - ks[0])
+            enough = cost - saved <= limit  # then a larger k will do, or is not enough
+            if saved > 0 and (not enough or k == _largest_enough(ks, saved_by_all, cost - limit)):
+                ranks[name, k] = ((at_k - loss[-1]) / saved, -saved)
+    return min(ranks, key=ranks.__getitem__)  # one has more than one k, or the budget is met
+
+
+class _Costs:
+    """What the network costs at any widths, from a few plans.
+
+    The size of a tensor is a product of widths. So the cost is a straight line along each layer,
+    and where two layers cut the same tensor, their product comes in: plans with one and with two
+    layers at their lowest widths tell all others. Two more plans, with all layers narrow, show
+    whether that is so; where it is not, each cost takes a plan of its own.
+    """
+
+    def __init__(self, plan: PrunePlan, of: str, sizes: dict[str, list[int]]) -> None:
+        self.plan, self.of, self.n = plan, of, dict(plan.n)
+        self.lowest = {name: ks[0] for name, ks in sizes.items() if ks[0] < plan.n[name]}
+        self.planned: dict[tuple[int, ...], int] = {}
+        self.terms: dict[tuple[str, ...], int] = {(): self._planned(self.n)}
+        cut_by = {}
+        for name in self.lowest:
+            alone = self._plan({**self.n, name: self.lowest[name]})
+            cut_by[name] = {cut.name for cut in alone.cuts}
+            self.terms[name,] = self._cost(alone) - self.terms[()]
+        for pair in combinations(self.lowest, 2):
+            if cut_by[pair[0]] & cut_by[pair[1]]:
+                both = {**self.n, **{name: self.lowest[name] for name in pair}}
+                self.terms[pair] = self._planned(both) - self._from_terms(both)
+        narrow = [
+            {name: ks[0] for name, ks in sizes.items()},
+            {name: ks[len(ks) // 2] for name, ks in sizes.items()},
+        ]
+        self.known = all(self._from_terms(w) == self._planned(w) for w in narrow)
+
+    def __call__(self, widths: dict[str, int]) -> int:
+        return self._from_terms(widths) if self.known else self._planned(widths)
+
+    def _from_terms(self, widths: dict[str, int]) -> int:
+        narrowed = {
+            name: (self.n[name] - widths[name]) / (self.n[name] - lowest)
+            for name, lowest in self.lowest.items()
+        }
+        cost = 0.0
+        for names, term in self.terms.items():
+            cost += term * math.prod([narrowed[name] for name in names])
+        return round(cost)
+
+    def _planned(self, widths: dict[str, int]) -> int:
+        key = tuple(widths.values())
+        if key not in self.planned:
+            self.planned[key] = self._cost(self._plan(widths))
+        return self.planned[key]
+
+    def _plan(self, widths: dict[str, int]) -> PrunePlan:
+        return self.plan.at(widths, check=False)
+
+    def _cost(self, plan: PrunePlan) -> int:
+        return int(getattr(plan.after, self.of))
 
 
 def _largest_enough(ks: list[int], saved_by_all: float, needed: float) -> int | None:

@@ -291,14 +291,15 @@ def check_orderable(
     model: nn.Module, data: Iterable[Any], loss: Loss | None, by: By, samples: int | None
 ) -> None:
     """Whether the model can be ordered by these data later: raises what `plan_ordering` raises."""
-    if iter(data) is data:
-        raise ValueError(
-            "data is gone through later: pass a list or DataLoader, got a "
-            f"{type(data).__name__} that can be gone through once"
-        )
-    by = by if loss is None else "saliency"  # which also runs the loss, and is fast
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        first = list(islice(data, 1))
+        iterator = iter(data)
+        if iterator is data:
+            raise ValueError(
+                "data is gone through later: pass a list or DataLoader, got a "
+                f"{type(data).__name__} that can be gone through once"
+            )
+        first = list(islice(iterator, 1))
+    by = by if loss is None else "saliency"  # which also runs the loss, and is fast
     plan_ordering(model, first, loss=loss, by=by, samples=samples)
 
 

@@ -25,10 +25,10 @@ class Schedule:
     keeps of them, if `data` and `optimizer` are given; from there on each layer draws the lengths
     that it had. Layers that are drawn together (`nest`) stay so.
 
-    A plain start costs nothing in its steps and spares the full width most of what nesting takes
-    from it; ordered, the features need not be learned anew. Published runs of a transformer lose
-    1.5 % of perplexity at full width with 40 % plain steps, and 6.6 % when nested from the start,
-    and 10 to 50 % do about the same. For the smallest widths, `plain=0` trains longest.
+    The plain steps are for the large widths: a published run of a transformer (needle's
+    docs/learned_matryoshka_plan) loses 1.5 % of perplexity at full width with 40 % of them, and
+    6.6 % when it is nested from the start; 10 to 50 % do about the same. The smallest widths are
+    better with `plain=0`, which trains them longest.
 
     Args:
         model: changed in place, by the lengths of its layers. Also one that is compiled or wrapped.

@@ -185,3 +185,76 @@ def test_inputs_are_left_without_marks():
     x = torch.randn(2, 7, 3).double()
     td.plan_pruning(as_trained(M(forward)).double(), K, x)
     assert vars(x) == {}
+
+
+def test_a_length_of_one_is_read_where_a_recurrent_layer_makes_lengths_numbers():
+    """Torch unrolls it, and what the code compares behind it is no symbol any more."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.t, self.b = (
+                nn.GRU(3, 12, batch_first=True),
+                td.TailDropout(),
+                nn.Linear(12, 2),
+            )
+
+        def forward(self, x):
+            h = self.t(self.a(x)[0])
+            return self.b(h.cos() if h.shape[1] == 1 else h)
+
+    others = [(torch.randn(2, length, 3),) for length in (1, 2, 7, 9, 20)]
+    assert_exact(Net(), (torch.randn(2, 8, 3),), others)
+
+
+class BehindRecurrence(nn.Module):
+    """A layer along the time of a GRU, whose lengths are numbers in an export."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.a, self.t = nn.GRU(3, 12, batch_first=True), td.TailDropout(dropout_dim=1)
+        self.behind = forward
+
+    def forward(self, x):
+        return self.behind(self, self.a(x)[0])
+
+
+def test_a_layer_that_has_fewer_features_only_at_a_length_of_one():
+    model = BehindRecurrence(lambda s, h: s.t(h.narrow(1, 0, min(2, h.shape[1]))))
+    others = [(torch.randn(2, length, 3),) for length in (1, 2, 7, 9)]
+    assert_exact(model, (torch.randn(2, 8, 3),), others, k=1)
+
+
+def test_a_length_that_must_be_the_size_of_the_batch():
+    """Broadcast against each other, neither changes alone."""
+
+    def forward(s, h):
+        h = s.t(h)
+        return torch.where(h > 0.1, h.prod(1), h.prod(1) / 2)
+
+    others = [(torch.randn(size, size, 3),) for size in (1, 2, 7, 9)]
+    assert_exact(BehindRecurrence(forward), (torch.randn(8, 8, 3),), others)
+
+
+def test_what_is_left_out_at_small_lengths_behind_a_recurrent_layer():
+    def forward(s, h):
+        h = s.t(h)
+        return s.b(h if h.shape[1] < 3 else h + 1) + 1
+
+    model = BehindRecurrence(forward)
+    model.b, model.t = nn.Linear(12, 2), td.TailDropout()
+    others = [(torch.randn(2, length, 3),) for length in (1, 2, 3, 6, 8)]
+    assert_exact(model, (torch.randn(2, 7, 3),), others)
+
+
+def test_a_length_that_changes_with_the_batch_alone():
+    """Square inputs are added to themselves across, and multiplied by their size."""
+
+    def forward(s, h):
+        h = s.t(h).cos()
+        return s.b((h + h.transpose(0, 1)) * h.shape[1])
+
+    model = BehindRecurrence(forward)
+    model.b, model.t = nn.Linear(12, 2), td.TailDropout()
+    others = [(torch.randn(size, size, 3),) for size in (1, 2, 7, 9)]
+    assert_exact(model, (torch.randn(8, 8, 3),), others)

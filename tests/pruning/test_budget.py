@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import taildropout as td
+from benchmarks.by_screes import by_screes
 from taildropout.showing.plot import plot_widths
 
 pytestmark = pytest.mark.slow
@@ -180,3 +181,91 @@ def test_layers_of_groups_get_whole_ones_and_layers_that_are_never_called_none()
     assert all(step.widths["groups"] % 4 == 0 for step in path.steps)
     assert set(path.widths) == {"groups", "single"}
     assert path.steps[-1].cost <= 0.5 * path.steps[0].cost
+
+
+# --- what is measured, against a scree of every layer in each round ------------------------------
+
+
+def ladder():
+    blocks = [(nn.Linear(4 if i == 0 else 8, 8), nn.Tanh(), td.TailDropout()) for i in range(4)]
+    return nn.Sequential(*(module for block in blocks for module in block), nn.Linear(8, 3)), (4,)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.tail, self.down = nn.Linear(4, 12), td.TailDropout(), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return x + self.down(self.tail(self.up(x).relu()))
+
+
+def residual():
+    return nn.Sequential(*(Residual() for _ in range(4)), nn.Linear(4, 3)), (4,)
+
+
+def convolutional():
+    blocks = [
+        (nn.Conv2d(2 if i == 0 else 6, 6, 3, padding=1), nn.ReLU(), td.TailDropout(dropout_dim=1))
+        for i in range(3)
+    ]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return nn.Sequential(*(module for block in blocks for module in block), *head), (2, 5, 5)
+
+
+def with_tail_linears():
+    blocks = [(nn.Linear(4 if i == 0 else 8, 8), nn.Tanh()) for i in range(3)]
+    model = nn.Sequential(*(m for block in blocks for m in block), td.TailLinear(8, 3))
+    model[2] = td.TailLinear(8, 8)
+    for module in model:
+        if isinstance(module, td.TailLinear):
+            nn.init.normal_(module.tail_bias)
+    return model, (4,)
+
+
+def batches_for(shape, count=2):
+    torch.manual_seed(1)
+    return [(torch.randn(20, *shape), torch.randint(3, (20,))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("budget", [0.7, 0.3])
+@pytest.mark.parametrize("network", [ladder, residual, convolutional, with_tail_linears])
+def test_the_widths_are_those_of_measuring_and_planning_everything_in_each_round(network, budget):
+    torch.manual_seed(0)
+    model, shape = network()
+    data, loss = batches_for(shape), nn.CrossEntropyLoss()
+    inputs = data[0][0][:2]
+    path = td.choose_widths(model, loss, data, budget, inputs, steps=6, progress=False)
+    expected = by_screes(model.eval(), loss, data, budget, inputs, steps=6)
+    assert len(expected) > 1
+    assert [step.widths for step in path.steps] == expected
+    for step in path.steps:
+        plan = td.plan_pruning(model, step.widths, inputs)
+        assert step.cost == plan.after.parameters
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_each_round_runs_the_network_once_per_batch_for_each_layer_but_the_one_narrowed_last():
+    """Twice as many batches, the same ones again, are measured by as many runs more."""
+    torch.manual_seed(0)
+    model, shape = ladder()
+    model[0] = Counted(4, 8)
+    data, calls = batches_for(shape), []
+    for repeats in (1, 2):
+        before = model[0].calls
+        path = td.choose_widths(
+            model, nn.CrossEntropyLoss(), data * repeats, 0.5, data[0][0][:2], progress=False
+        )
+        calls.append(model[0].calls - before)
+    rounds, layers = len(path.steps) - 1, 4
+    assert rounds > 4
+    assert 0 < calls[1] - calls[0] <= len(data) * (layers + (rounds - 1) * (layers - 1))
+    checks = 2 * calls[0] - calls[1]  # all that does not depend on the number of batches
+    assert checks < 10 * layers
