@@ -96,4 +96,11 @@ def text(numbers: Numbers, settings: Settings) -> str:
     return "\n\n".join([*parts, SHOWN])
 
 
-SHOWN = """TO BE WRITTEN"""
+SHOWN = """Putting the features in order costs nothing and gives most of what there is: from k = 4
+on an ordered network is what principal components make of it. (At k = 1 and 2 it is worse than they
+are, since what is dropped becomes zero, not its mean.) A tenth of the steps more, nested, gains most at
+small k: the autoencoder's error at k = 1 and 2 falls by a quarter to a third, the classifier's
+accuracy at k = 2 and 4 rises by 31 and 13 points, and full width pays 5 % and three quarters of a
+point. Nesting that starts from an order is better than without one at k = 4, 8 and 16 (by 10, 20 and
+22 % for the autoencoder; a little for the classifier), and about the same at k = 1 and at full
+width."""
