@@ -847,22 +847,22 @@ MUTATIONS = [
     Mutation(
         "what sizes of one are broadcast against",
         EXPORTS,
-        "if not _of_torch(guard) or any(size == 1 for _, size in sizes.values())",
+        "if not _of_torch(guard) or _symbols_for_one(environment, [guard])",
         "if not _of_torch(guard)",
         "size_of_one or batch_of_one",
     ),
     Mutation(
         "sizes that run only where all others are one",
         PATHS,
-        "return turn(export.inputs, ones, alike)",
-        "return turn(export.inputs, alike)",
+        "        yield turn(export.resized(dict.fromkeys(own, 1)))\n",
+        "",
         "all_others_are_one",
     ),
     Mutation(
         "dims of one size that change together",
         PATHS,
-        "return turn(export.inputs, ones, alike)",
-        "return turn(export.inputs, ones)",
+        "        yield turn(export.inputs, every_dim=True)\n",
+        "",
         "size_of_the_batch or batch_alone",
     ),
     Mutation(

@@ -3,33 +3,17 @@
 import copy
 from collections.abc import Iterator
 
-from torch import nn
-
 import taildropout as td
+from taildropout.lengths import Full
 
-from .images import Labelled, fashion_mnist
 from .report import CONTROLS, Numbers, Settings, mean_text, table
-from .widths import (
-    AUTOENCODER,
-    CLASSIFIER,
-    KS,
-    METHODS,
-    RATES,
-    RECIPE,
-    WIDTH,
-    Task,
-    autoencoding,
-    classifying,
-    fitted,
-    scores,
-    steps,
-    train,
-)
+from .widths import KS, METHODS, RATES, RECIPE, WIDTH, Task, fitted, scores, steps, tasks, train
 
 TITLE = "From a trained network"
 SEEDS = 3
 SHARE = 10  # of the steps of the first training, one in so many
 SAMPLES = 5000
+RATE = max(RATES)
 
 DONE = f"""\
 The networks and the data are those of the last section. The plain network of width {WIDTH} is trained
@@ -43,15 +27,8 @@ number was chosen on the test images. Mean ± standard error over the seeds."""
 
 def measure(settings: Settings, seeds: list[int]) -> Numbers:
     """Task -> method -> scores, one list by k for each seed."""
-    data = fashion_mnist()
-    if settings.quick:
-        data = Labelled(*(part[:3000] for part in vars(data).values()))
-    tasks = {
-        AUTOENCODER: autoencoding(data, steps(settings)),
-        CLASSIFIER: classifying(data, steps(settings)),
-    }
     numbers: Numbers = {}
-    for name, task in tasks.items():
+    for name, task in tasks(settings).items():
         numbers[name] = {}
         for seed in seeds:
             for method, found in methods(task, seed):
@@ -60,28 +37,23 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
 
 
 def methods(task: Task, seed: int) -> Iterator[tuple[str, list[float]]]:
-    rate = max(RATES)
-    plain = fitted(task, METHODS["control: plain"], rate, seed)
+    plain = fitted(task, METHODS["control: plain"], RATE, seed)
     yield "control: plain", scores(task, plain, task.test)
     for features, words in CONTROLS.items():
         yield f"control: plain, {words}", scores(task, plain, task.test, features)
     inputs, targets = (part[:SAMPLES] for part in task.train)
     ordered = td.order(plain, [(inputs, targets)])
     yield "ordered", scores(task, ordered, task.test)
-    yield f"control: nested for T/{SHARE}", scores(task, nested(task, plain, rate, seed), task.test)
-    both = nested(task, ordered, rate, seed)
-    yield f"ordered, then nested for T/{SHARE}", scores(task, both, task.test)
-    longer = copy.deepcopy(plain)
-    train(task, longer, task.steps // SHARE, rate / 2, seed + 1000)
-    yield f"control: plain for T/{SHARE} more", scores(task, longer, task.test)
-
-
-def nested(task: Task, model: nn.Module, rate: float, seed: int) -> nn.Module:
-    model = copy.deepcopy(model)
-    for layer in td.tail_dropouts(model).values():
-        layer.lengths = RECIPE
-    train(task, model, task.steps // SHARE, rate / 2, seed + 1000)
-    return model
+    for words, before, lengths in [
+        (f"control: nested for T/{SHARE}", plain, RECIPE),
+        (f"ordered, then nested for T/{SHARE}", ordered, RECIPE),
+        (f"control: plain for T/{SHARE} more", plain, Full()),
+    ]:
+        model = copy.deepcopy(before)
+        for layer in td.tail_dropouts(model).values():
+            layer.lengths = lengths
+        train(task, model, task.steps // SHARE, RATE / 2, seed + 1000)
+        yield words, scores(task, model, task.test)
 
 
 def text(numbers: Numbers, settings: Settings) -> str:

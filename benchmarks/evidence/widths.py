@@ -45,6 +45,11 @@ class Task:
     steps: int
 
 
+def held_out(train: Tensor) -> tuple[Tensor, ...]:
+    """What is learned, and the last sixth, on which the rate is chosen."""
+    return train.split([len(train) * 5 // 6, len(train) // 6])
+
+
 def autoencoding(data: Labelled, steps: int) -> Task:
     def network(width: int, reading: Callable[[int, int], nn.Module]) -> nn.Module:
         return nn.Sequential(
@@ -58,8 +63,7 @@ def autoencoding(data: Labelled, steps: int) -> Task:
     def better(scores: list[float]) -> float:
         return -statistics.geometric_mean(scores)
 
-    images = data.train.split([len(data.train) * 5 // 6, len(data.train) // 6])
-    parts = [(part, part) for part in (*images, data.test)]
+    parts = [(part, part) for part in (*held_out(data.train), data.test)]
     return Task(network, mse_loss, score, *parts, better, steps)
 
 
@@ -73,8 +77,7 @@ def classifying(data: Labelled, steps: int) -> Task:
     def score(output: Tensor, target: Tensor) -> Tensor:
         return 100 * (output.argmax(1) == target).double()
 
-    sizes = [len(data.train) * 5 // 6, len(data.train) // 6]
-    parts = list(zip(data.train.split(sizes), data.train_labels.split(sizes), strict=True))
+    parts = list(zip(held_out(data.train), held_out(data.train_labels), strict=True))
     test = (data.test, data.test_labels)
     return Task(network, cross_entropy, score, *parts, test, statistics.fmean, steps)
 
@@ -183,13 +186,6 @@ def dedicated(task: Task, seeds: list[int]) -> Row:
 
 def measure(settings: Settings, seeds: list[int]) -> Numbers:
     """Task -> method -> the fields of `Row`."""
-    data = fashion_mnist()
-    if settings.quick:
-        data = Labelled(*(part[:3000] for part in vars(data).values()))
-    tasks = {
-        AUTOENCODER: autoencoding(data, steps(settings)),
-        CLASSIFIER: classifying(data, steps(settings)),
-    }
     return {
         name: {
             words: vars(row)
@@ -198,7 +194,18 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
                 *measured(task, METHODS, seeds),
             ]
         }
-        for name, task in tasks.items()
+        for name, task in tasks(settings).items()
+    }
+
+
+def tasks(settings: Settings) -> dict[str, Task]:
+    """Also those of `trained`."""
+    data = fashion_mnist()
+    if settings.quick:
+        data = Labelled(*(part[:3000] for part in vars(data).values()))
+    return {
+        AUTOENCODER: autoencoding(data, steps(settings)),
+        CLASSIFIER: classifying(data, steps(settings)),
     }
 
 

@@ -345,23 +345,17 @@ class _UntilTied(TorchFunctionMode):
         try:
             result = func(*args, **(kwargs or {}))
         except Exception:  # torch takes no size that is a symbol for a one, which it broadcasts
-            self._stop_if(
-                lambda new: {
-                    s
-                    for _, sizes in _compared_in(self.environment, new)
-                    for s, (_, size) in sizes.items()
-                    if size == 1
-                }
-            )
+            self._stop_if(_symbols_for_one)
             raise
-        self._stop_if(lambda new: _tied_symbols(_comparisons(self.environment, new)))
+        self._stop_if(_tied_in)
         return result
 
-    def _stop_if(self, tied_by: Callable[[list[Any]], set[sympy.Symbol]]) -> None:
+    def _stop_if(self, find_tied: Callable[[Any, list[Any]], set[sympy.Symbol]]) -> None:
+        """Raises Tied where the sizes that it finds, in what is new, are those of inputs."""
         if self.environment is not None and len(self.environment.guards) > self.seen:
             new = self.environment.guards[self.seen :]
             self.seen += len(new)
-            tied = _dims_of(tied_by(new), self.shapes)
+            tied = _dims_of(find_tied(self.environment, new), self.shapes)
             if any(tied):
                 raise Tied(tied, _compared(self.environment))
 
@@ -374,27 +368,27 @@ def _dim_of(environment: Any, symbol: sympy.Symbol) -> int:
 def _compared(environment: Any) -> list[Compared]:
     """By code other than torch's; sizes of one also by torch, which broadcasts them."""
     return [
-        (relation, sizes)
-        for guard, (relation, sizes) in zip(
-            environment.guards, _compared_in(environment, environment.guards), strict=True
-        )
-        if not _of_torch(guard) or any(size == 1 for _, size in sizes.values())
+        (guard.expr, _sizes_in(environment, guard))
+        for guard in environment.guards
+        if not _of_torch(guard) or _symbols_for_one(environment, [guard])
     ]
 
 
-def _compared_in(environment: Any, guards: Sequence[Any]) -> list[Compared]:
+def _sizes_in(environment: Any, guard: Any) -> dict[sympy.Symbol, tuple[int, int]]:
+    """The dim and the size that each symbol of a comparison stood for."""
     in_torch_2_6 = not hasattr(environment, "backed_var_to_val")
     stood_for = environment.var_to_val if in_torch_2_6 else environment.backed_var_to_val
-    return [
-        (
-            guard.expr,
-            {
-                symbol: (_dim_of(environment, symbol), int(stood_for[symbol]))
-                for symbol in guard.expr.free_symbols
-            },
-        )
-        for guard in guards
-    ]
+    symbols = guard.expr.free_symbols
+    return {symbol: (_dim_of(environment, symbol), int(stood_for[symbol])) for symbol in symbols}
+
+
+def _symbols_for_one(environment: Any, guards: Sequence[Any]) -> set[sympy.Symbol]:
+    sizes = (item for guard in guards for item in _sizes_in(environment, guard).items())
+    return {symbol for symbol, (_, size) in sizes if size == 1}
+
+
+def _tied_in(environment: Any, guards: Sequence[Any]) -> set[sympy.Symbol]:
+    return _tied_symbols(_comparisons(environment, guards))
 
 
 def _tied_symbols(comparisons: Iterable[Comparison]) -> set[sympy.Symbol]:

@@ -5,7 +5,7 @@ what it compared is turned around: the model is read at sizes, too, where a comp
 otherwise, and at the neighbours of sizes that it uses as numbers.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -70,8 +70,11 @@ class _Turn:
     words: str
     inputs: Inputs
     alone: bool = False
-    instead: "tuple[_Turn, ...]" = ()
+    instead: "_Turns" = tuple
     far: bool = False
+
+
+_Turns = Callable[[], Iterable[_Turn]]  # made only where they are needed: inputs may be large
 
 
 def read_paths(
@@ -98,7 +101,7 @@ def read_paths(
             continue
         called = _functions_called(traced, turn.inputs)
         if called is None:
-            waiting += turn.instead
+            waiting += turn.instead()
             continue
         if turn.far and _looks_alike(called, usual() or called):
             continue
@@ -221,10 +224,11 @@ def _turns(export: Export) -> Iterator[_Turn]:
                         yield _Turn(words, export.resized(values))
                     break
     if ones:
-        one_by_one = tuple(
-            _Turn("sizes of one", export.resized({**own, symbol: value}), alone=True)
-            for symbol, value in ones.items()
-        )
+
+        def one_by_one() -> Iterator[_Turn]:
+            for symbol, value in ones.items():
+                yield _Turn("sizes of one", export.resized({**own, symbol: value}), alone=True)
+
         yield _Turn("sizes of one", export.resized({**own, **ones}), True, one_by_one)
 
 
@@ -276,24 +280,25 @@ def _turn_of_number(export: Export, dim: int, size: int, other: int, far: bool =
 
     If need be all else is of size one, or all dims of this size have the other one.
     """
+    before = [tensor.shape for tensor in tensors_of(as_arguments(export.inputs))]
 
-    def turn(inputs: Any, *instead: _Turn, dims: Collection[int] = (dim,)) -> _Turn:
-        tensors, old = (tensors_of(as_arguments(i)) for i in (inputs, export.inputs))
+    def turn(inputs: Any, every_dim: bool = False, instead: _Turns = tuple) -> _Turn:
         shapes = [
-            [other if d in dims and n == size else new for d, (n, new) in enumerate(pairs)]
-            for pairs in (
-                zip(a.shape, b.shape, strict=True) for a, b in zip(old, tensors, strict=True)
-            )
+            [
+                other if n == size and (every_dim or d == dim) else now
+                for d, (n, now) in enumerate(zip(sizes, tensor.shape, strict=True))
+            ]
+            for sizes, tensor in zip(before, tensors_of(as_arguments(inputs)), strict=True)
         ]
         words = f"size {other} instead of {size} in dim {dim}"
         return _Turn(words, of_shapes(inputs, shapes), alone=True, instead=instead, far=far)
 
-    own = export.values_at(export.inputs) or {}
-    ones = turn(export.resized(dict.fromkeys(own, 1)))
-    alike = turn(
-        export.inputs, dims=range(max(x.ndim for x in tensors_of(as_arguments(export.inputs))))
-    )
-    return turn(export.inputs, ones, alike)
+    def instead() -> Iterator[_Turn]:
+        own = export.values_at(export.inputs) or {}
+        yield turn(export.resized(dict.fromkeys(own, 1)))
+        yield turn(export.inputs, every_dim=True)
+
+    return turn(export.inputs, instead=instead)
 
 
 def _beyond_numbers(exports: list[Export]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from ..models.inputs import Inputs, pair_of, to_device
 from ..models.sharded import check_whole_layers
 from ..models.width import as_it_was
 from .at_once import Losses
-from .cuts import First
+from .cuts import First, keep_some
 from .moments import Moments, of_all_processes
 from .once import RandomNumbers
 from .per_sample import Loss, per_sample
@@ -104,8 +104,7 @@ def _masked(layer: TailDropout, k: int) -> Callable[[Tensor], Tensor]:
     """What the layer does with k set; under vmap its own function, made for gradients, is slow."""
 
     def forward(features: Tensor) -> Tensor:
-        behind = features.ndim - 1 - range(features.ndim)[layer.dropout_dim]
         kept = torch.arange(features.shape[layer.dropout_dim], device=features.device) < k
-        return torch.where(kept.view(-1, *[1] * behind), features, features.new_zeros(()))
+        return keep_some(features, kept, layer.dropout_dim)
 
     return forward

@@ -45,6 +45,12 @@ class Cut(Protocol):
         ...
 
 
+def keep_some(features: Tensor, kept: Tensor, dim: int) -> Tensor:
+    """Zero where `kept`, a bool for each feature along `dim`, is False."""
+    behind = features.ndim - 1 - range(features.ndim)[dim]
+    return torch.where(kept.view(-1, *[1] * behind), features, features.new_zeros(()))
+
+
 @dataclass(frozen=True, eq=False)
 class First:
     """The first k, as the layer keeps them."""
@@ -87,9 +93,7 @@ class Random:
     def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
         place = self.order(features.shape[self.dim]).argsort().to(features.device)
         k = k.to(features.device) if isinstance(k, Tensor) else k
-        behind = range(features.ndim)[self.dim] + 1
-        kept = (place < k).view(-1, *[1] * (features.ndim - behind))
-        return torch.where(kept, features, features.new_zeros(()))
+        return keep_some(features, place < k, self.dim)
 
     def read(self, features: Tensor, k: Tensor, linear: nn.Linear) -> Tensor:
         order = self.order(features.shape[-1]).to(features.device)

@@ -13,6 +13,7 @@ from ..functional.checks import as_dims
 from ..graph.groups import Group
 from ..layers import TailDropout
 from ..measuring.at_once import Losses
+from ..measuring.cuts import keep_some
 from ..measuring.moments import sum_of_all_processes
 from ..measuring.per_sample import Loss, per_sample
 from ..measuring.vmapped import quiet
@@ -305,12 +306,11 @@ class Subsets:
     def keep(self, features: Tensor, k: int | Tensor) -> Tensor:
         number = torch.as_tensor(k).to(features.device).reshape(1)
         mask = self.masks.to(features.device).index_select(0, number)[0]
-        x = features.movedim(self.dim, -1)
         if self.axes is None:
-            kept = torch.where(mask, x, x.new_zeros(()))
-        else:
-            axes = self.axes.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            kept = (((x.to(axes.dtype) @ axes) * mask) @ axes.T).to(x.dtype)
+            return keep_some(features, mask, self.dim)
+        x = features.movedim(self.dim, -1)
+        axes = self.axes.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        kept = (((x.to(axes.dtype) @ axes) * mask) @ axes.T).to(x.dtype)
         return kept.movedim(-1, self.dim)
 
     def read(self, features: Tensor, k: Tensor, linear: nn.Linear) -> Tensor:
