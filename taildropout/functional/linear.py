@@ -96,7 +96,7 @@ def linear_at(
     """`tail_linear` at a k: an int, or a tensor that broadcasts against the input."""
     check_shapes(input, weight, tail_bias)
     check_whole_linear(input, weight, tail_bias)
-    n = input.shape[-1]
+    n = len(tail_bias)
     if isinstance(k, int):  # one for all: the tail need not be read
         prefix = input[..., :k]
         prefix = prefix if scale is None else prefix * factor_of(k, n)
@@ -131,8 +131,10 @@ def factors_of(k: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_shapes(input: Tensor, weight: Tensor, tail_bias: Tensor) -> None:
+    """Of a narrowed layer fewer features arrive than `tail_bias` has rows."""
     n = input.shape[-1] if input.ndim else None
-    if weight.ndim != 2 or weight.shape[1] != n or tail_bias.shape != weight.T.shape:
+    fits = weight.ndim == 2 and weight.shape[1] == n and tail_bias.ndim == 2
+    if not fits or tail_bias.shape[1] != len(weight) or len(tail_bias) < weight.shape[1]:
         raise ValueError(
             "input (..., n), weight (out_features, n) and tail_bias (n, out_features) must fit, got "
             f"{tuple(input.shape)}, {tuple(weight.shape)} and {tuple(tail_bias.shape)}"

@@ -236,8 +236,8 @@ class TailDropout(nn.Module):
         batch_dims, dim = resolve_dims(input, self.batch_dim, self.dropout_dim)
         samples = [input.shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
-        lengths = self.in_groups(self._lengths_for_call(), input.shape[dim])
-        k = as_in_first_process(draw.by_sample(inverse_cdf(lengths, input.shape[dim], draw)), input)
+        n = input.shape[dim]
+        k = as_in_first_process(draw.by_sample(inverse_cdf(self.lengths_for(n), n, draw)), input)
         k = k if len(samples) == 1 else k.view(samples)
         self.keep_drawn(k)
         return spread(k, input, batch_dims)
@@ -266,9 +266,10 @@ class TailDropout(nn.Module):
         if not torch.compiler.is_compiling() and (self.training or torch.is_grad_enabled()):
             self._settings.check(None if self._in_force is None else self._in_force.value)
 
-    def in_groups(self, lengths: Lengths, n: int) -> Lengths:
-        """The lengths of n features, where `lengths` are those of their groups."""
+    def lengths_for(self, n: int) -> Lengths:
+        """The distribution of k of n features."""
         check_groups(n, self.multiple_of)
+        lengths = self._lengths_for_call()
         return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
 
     def _forward_nested(self, input: Tensor) -> Tensor:

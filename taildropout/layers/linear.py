@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..functional.linear import Scale, check_scale, factor_of, linear_at
-from ..lengths import Full, Lengths, lengths_or_exponential
+from ..lengths import Full, Lengths
 from .dropout import TailDropout
 from .fitted import FittedTailDropout
 from .holding import HoldsDropout
@@ -124,9 +124,9 @@ class TailLinear(HoldsDropout, nn.Linear):
         self._last_k = k
         if self._has_warned or k in (n, last_k):
             return
-        lengths = lengths_or_exponential(self.dropout.lengths, self.dropout.p)
+        lengths = self.dropout.lengths_for(n)
         try:
-            trained = self.dropout.in_groups(lengths, n).pmf(n)[k] > 0 or self.tail_bias[k].any()
+            trained = lengths.pmf(n)[k] > 0 or self.tail_bias[k].any()
         except RuntimeError:  # there are no numbers to look at: fake tensors, or inside vmap
             return
         if not trained:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..functional.checks import count_samples
 from ..functional.mlp import tail_mlp_of_draw
 from ..functional.shards import check_whole_mlp
-from ..lengths import Lengths, lengths_or_exponential
+from ..lengths import Lengths
 from .dropout import TailDropout
 from .holding import HoldsDropout
 
@@ -139,7 +139,6 @@ class TailMLP(HoldsDropout, nn.Module):
                 )
         if self.training and k is None:
             count = count_samples(input, self.dropout.batch_dim, -1)
-            lengths = lengths_or_exponential(self.dropout.lengths, self.dropout.p)
             output, drawn_k = tail_mlp_of_draw(
                 input,
                 self.fc1.weight,
@@ -148,7 +147,7 @@ class TailMLP(HoldsDropout, nn.Module):
                 self.fc2.bias,
                 self.dropout.batch_dim,
                 activation=self.activation,
-                lengths=self.dropout.in_groups(lengths, n),
+                lengths=self.dropout.lengths_for(n),
                 draw=self.dropout.draw(count, input.device),
                 blocks=self.blocks,
             )

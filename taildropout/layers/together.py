@@ -120,6 +120,19 @@ class Together:
         self.open(None, samples)
         return True
 
+    def draw_of_call(self, module: nn.Module, args: Any, kwargs: Any) -> Draw:
+        """What the samples of a call draw, for whoever lets no layer draw in it."""
+        begun = self.begin_several(self._count_samples(module, args, kwargs))
+        now = self.now
+        if begun:
+            self.close()
+        if now is None or now.draw is None:
+            raise ValueError(
+                "the inputs must tell how many samples there are, by a tensor whose first dim they "
+                "lie along, and hold none"
+            )
+        return now.draw
+
     def open(self, outermost: nn.Module | None, samples: int | None) -> None:
         """Begin a pass, of a known number of samples or of as many as the first layer has."""
         kept = not torch.compiler.is_compiling() and may_be_recomputed()

@@ -152,6 +152,24 @@ class DrawnTogether:
         _drop_hooks(self._model, self._together)
 
 
+def drawn_as_one(model: nn.Module) -> Together:
+    """What all layers of a model share, which are drawn together from now on if they are not."""
+    found = {layer.together for layer in tail_dropouts(model).values()}
+    if len(found) != 1 or None in found:
+        return draw_together(model)._together
+    (together,) = found
+    assert together is not None
+    return together
+
+
+def draw_apart(model: nn.Module) -> None:
+    """Let every layer draw by itself again."""
+    for layer in tail_dropouts(model).values():
+        together, layer.together = layer.together, None
+        if together is not None:
+            _drop_hooks(model, together)
+
+
 def _modules_above(model: nn.Module, layers: set[TailDropout]) -> Iterator[nn.Module]:
     """The model, and every other module with one of the layers in it."""
     for module in model.modules():

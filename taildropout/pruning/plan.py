@@ -123,6 +123,12 @@ class PrunePlan:
         """
         if not self.checked:
             return self.at(self.k).apply(model, dtype=dtype)
+        small = self.verified_copy(model, dtype=dtype)
+        fit_configs(small, model, self.example_inputs)
+        return small
+
+    def verified_copy(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """As `apply`, by whatever is known so far, and with the config of the large model."""
         with at_no_width(model):
             small = self._cut_copy(model)
             for layer in tail_dropouts(small).values():
@@ -138,7 +144,6 @@ class PrunePlan:
                 output_cuts=self.output_cuts,
             )
         self.verifications.append(compared)
-        fit_configs(small, model, self.example_inputs)
         return small
 
     def at(

@@ -54,6 +54,8 @@ def cut_as_predicted(
     reading.whole = set()
     while True:
         found, small = cut_unread(model, ks, reading, outputs)
+        if not (found.cuts or found.fits):  # it is the large one
+            return found, small
         try:
             differ = _unlike_predicted(reading.flow, found, small)
         except PruningError:
