@@ -24,7 +24,7 @@ from ..models.insert import tail_dropouts
 from ..models.together import drawn_as_one
 from ..models.width import as_it_was, check_widths
 from .grouped import Batch, Ks, groups_by_width, largest_ks
-from .narrowed import Attachment, Narrowed
+from .narrowed import Attachment, Narrowed, repeat_ks
 from .plan import plan_pruning
 from .verify import TOLERANCE, difference_of
 
@@ -104,8 +104,8 @@ class Elastic(nn.Module):
     def _read(self) -> None:
         """All that follows from the model."""
         self._said: set[str] = set()
-        self._networks: dict[Ks, Narrowed | str] = {}
-        self._attachments: dict[tuple[Ks, ...], Attachment] = {}
+        self._networks: dict[tuple[Ks, bool], Narrowed | str] = {}
+        self._attachments: dict[tuple[Narrowed, ...], Attachment] = {}
         self._norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
         device = next((tensor.device for tensor in self.model.parameters()), None)
         self._plan = plan_pruning(self.model, 1.0, to_device(self.example_inputs, device))
@@ -153,7 +153,7 @@ class Elastic(nn.Module):
         all_ks = [n if k is None else k for k, n in zip(ks, self._n.values(), strict=True)]
         if any(isinstance(k, Tensor) for k in all_ks):  # of each sample another one
             return None
-        network = self._narrowed(tuple(map(int, all_ks)))
+        network = self._narrowed(tuple(map(int, all_ks)), masks=False)
         if self._must_mask(network if isinstance(network, str) else None):
             return None
         assert isinstance(network, Narrowed)
@@ -170,8 +170,9 @@ class Elastic(nn.Module):
             }
         sizes = torch.tensor([0, *ends]).diff()
         return {
-            name: torch.tensor([network.k[name] for network in self._in_training])
-            .repeat_interleave(sizes)
+            name: torch.tensor(
+                [network.k[name] for network in self._in_training]
+            ).repeat_interleave(sizes)
             for name in self._layers
         }
 
@@ -189,7 +190,9 @@ class Elastic(nn.Module):
             reason = "a BatchNorm in training mode takes its statistics from the whole batch"
         if reason is not None and reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"the model runs with masks and computes its tails: {reason}", stacklevel=4)
+            warnings.warn(
+                f"the model runs with masks and computes its tails: {reason}", stacklevel=4
+            )
         return reason is not None
 
     # --- before a call --------------------------------------------------------------------------
@@ -201,7 +204,7 @@ class Elastic(nn.Module):
             self._shares, ks = groups_by_width(self._n, self.groups)
         else:
             ks = [tuple(self._plan.at(w, check=False).k.values()) for w in self.widths]
-        networks = [self._narrowed(one) for one in ks]
+        networks = [self._narrowed(one, masks=self.widths is None) for one in ks]
         self._in_training = [network for network in networks if isinstance(network, Narrowed)]
         reasons = [network for network in networks if isinstance(network, str)]
         self.masked = reasons[0] if reasons else self._unlike_masks()
@@ -216,22 +219,23 @@ class Elastic(nn.Module):
                     return False
         return True
 
-    def _narrowed(self, ks: Ks) -> Narrowed | str:
+    def _narrowed(self, ks: Ks, *, masks: bool) -> Narrowed | str:
         """The network of some ks, or why there is none."""
-        if ks not in self._networks:
-            plan = self._plan.at(dict(zip(self._layers, ks, strict=True)), check=not self._networks)
+        if (ks, masks) not in self._networks:
+            k = dict(zip(self._layers, ks, strict=True))
             try:
-                network = Narrowed(self.model, plan)
+                plan = self._plan.at(k, check=not self._networks)
+                network = Narrowed(self.model, plan, masks=masks)
             except PruningError as error:
-                self._networks[ks] = str(error)
+                self._networks[ks, masks] = str(error)
             else:
-                self._networks[ks] = network
+                self._networks[ks, masks] = network
                 if self._compiled is not None:
                     network.network.compile(*self._compiled[0], **self._compiled[1])
-        return self._networks[ks]
+        return self._networks[ks, masks]
 
     def _attach(self, networks: Sequence[Narrowed]) -> None:
-        key = tuple(tuple(network.k.values()) for network in networks)
+        key = tuple(networks)
         if key not in self._attachments:
             self._attachments[key] = Attachment(self.model, networks)
         self._attachments[key].attach()
@@ -246,6 +250,7 @@ class Elastic(nn.Module):
         while count < _SAMPLES:
             inputs, count = of_twice_the_batch(inputs), 2 * count
         masking = structural_copy(self.model).eval()
+        repeat_ks(masking)
         with as_it_was(self.model), leaving_no_trace(self.model, inputs) as arguments:
             draw, ends = draw_uniforms(count), self._ends(count)
             try:
@@ -256,9 +261,13 @@ class Elastic(nn.Module):
                 difference = difference_of(expected, grouped)
             except Exception as error:
                 return f"in groups it raises {first_line(error)}"
-        lowest = max(TOLERANCE.get(p.dtype, 0.0) for p in (*self.model.parameters(), torch.empty(0)))
+        lowest = max(
+            TOLERANCE.get(p.dtype, 0.0) for p in (*self.model.parameters(), torch.empty(0))
+        )
         if difference.relative > lowest:  # some models compute in float32 whatever their dtype
-            return "in groups a sample comes out otherwise, so it depends on the others of its batch"
+            return (
+                "in groups a sample comes out otherwise, so it depends on the others of its batch"
+            )
         return None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

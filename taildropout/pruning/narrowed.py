@@ -1,7 +1,7 @@
 """A model at some of its features, on the model's own tensors."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.slices import slices_of
+from ..functional.slices import Region, slices_of
+from ..layers import TailDropout
+from ..layers.fitted import FittedTailDropout
 from ..layers.holding import HoldsDropout
+from ..layers.hooks import inserted_children
 from ..models.copies import PruningError, structural_copy, tensors_by_name
-from ..models.insert import tail_dropouts
+from ..models.insert import remove, tail_dropouts
 from ..models.together import draw_apart
 from ..models.width import at_no_width
 from .plan import PrunePlan
@@ -38,8 +41,13 @@ class Part:
     plus: float = 0.0
 
     @property
-    def regions(self) -> list[tuple[slice, ...]]:
-        return [tuple(slice(*one) for one in region) for region in product(*self.ranges)]
+    def regions(self) -> tuple[Region, ...]:
+        return tuple(tuple(slice(*one) for one in region) for region in product(*self.ranges))
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the one slice is all of it, so that it shares the data of the model's tensor."""
+        return self.factor == 1 and math.prod(map(len, self.ranges)) == 1
 
     def of(self, slices: Iterator[Tensor]) -> Tensor:
         """From the slices of its regions."""
@@ -63,8 +71,11 @@ class Narrowed:
         parts: what its tensors are, by name, where they are not those of the model.
     """
 
-    def __init__(self, model: nn.Module, plan: PrunePlan) -> None:
+    def __init__(self, model: nn.Module, plan: PrunePlan, *, masks: bool) -> None:
         """
+        Args:
+            masks: whether its layers are to have ks of their own, below those of the plan.
+
         Raises:
             PruningError: the small network is not the model with slices for tensors, and why; or
                 as in `PrunePlan.apply`.
@@ -74,9 +85,14 @@ class Narrowed:
         plan.verified_copy(model)  # or raises
         with at_no_width(model):  # a copy would never leave it
             self.network = structural_copy(model)
+        repeat_ks(self.network)
         draw_apart(self.network)
         operate(self.network, plan.cuts, (), plan.fits, plan.rescales)
+        if not masks:
+            _take_out_layers(self.network, plan.k)
         self.layers = {n: m for n, m in tail_dropouts(self.network).items() if n in plan.k}
+        for layer in self.layers.values():
+            layer.training = False  # and stays so, which lets all pass
         self._held = {f"{n}.dropout".strip(".") for n in _holders(model)}
         modules = dict(model.named_modules())
         self._modes = [
@@ -88,39 +104,55 @@ class Narrowed:
     def set_ks(self, ks: Mapping[str, Tensor]) -> None:
         """The k of each sample, by layer; of those that are not named, all that is there."""
         for name, layer in self.layers.items():
-            layer.training = False
             if name in ks:
                 layer.set_k(ks[name])
-            else:  # a TailLinear or TailMLP would draw one
-                layer.set_k(self.k[name] if name in self._held else None)
+            elif name in self._held:  # a TailLinear or TailMLP would draw one
+                layer.set_k(self.k[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for module, of_model in self._modes:
-            module.training = of_model.training
+            if module.training is not of_model.training:
+                module.training = of_model.training
         return self.network(*args, **kwargs)
+
+
+def repeat_ks(network: nn.Module) -> None:
+    """Let a k that is set for each sample hold for all its rows, where a layer gets several."""
+    for layer in tail_dropouts(network).values():
+        if layer.together is not None and layer.together.rows is not None:
+            layer.register_forward_pre_hook(_Repeats(layer.together.rows == "adjacent"))
+
+
+class _Repeats:
+    """A forward pre-hook of a layer: as many times the k of each sample as there are rows of it."""
+
+    def __init__(self, adjacent: bool) -> None:
+        self.adjacent = adjacent
+
+    def __call__(self, layer: TailDropout, args: tuple[Tensor, ...]) -> None:
+        k = layer.k
+        if isinstance(k, Tensor) and len(k) and len(k) != len(args[0]):
+            times = len(args[0]) // len(k)
+            layer.set_k(k.repeat_interleave(times) if self.adjacent else k.repeat(times))
+
+
+Home = tuple[dict[str, Any], str]
+"""Where a tensor stands: the parameters or buffers of a module, and its name there."""
 
 
 class Attachment:
     """What narrowed networks make of the tensors of their model."""
 
     def __init__(self, model: nn.Module, networks: Sequence[Narrowed]) -> None:
-        homes = _homes(model)
-        first: dict[int, str] = {}  # of the names of a tied tensor
+        homes, sources = _homes(model), dict[int, _Source]()
         for name, tensor in tensors_by_name(model).items():
-            first.setdefault(id(tensor), name)
-        uses: dict[str, list[tuple[Part | None, list[Any]]]] = {n: [] for n in first.values()}
+            sources.setdefault(id(tensor), _Source(homes[name]))  # a tied one has several names
         for network in networks:
-            places: dict[tuple[str, Part | None], list[Any]] = {}
             small = _homes(network.network)
             for name, tensor in tensors_by_name(model).items():
-                key = first[id(tensor)], network.parts.get(name)
-                places.setdefault(key, []).append(small[name])
-            for (name, part), its_places in places.items():
-                uses[name].append((part, its_places))
-        self._sources = [
-            (homes[name], tuple(r for part, _ in its for r in (part.regions if part else ())), its)
-            for name, its in uses.items()
-        ]
+                if name in small:
+                    sources[id(tensor)].add(network, network.parts.get(name), small[name])
+        self._sources = list(sources.values())
         self._recurrent = [
             module
             for network in networks
@@ -129,20 +161,47 @@ class Attachment:
         ]
 
     def attach(self) -> None:
-        """Make the tensors of the small networks parts of what those of the model are now."""
-        for (home, attribute), regions, uses in self._sources:
-            tensor = home[attribute]
-            slices = iter(slices_of(tensor, regions))
-            for part, places in uses:
-                value = tensor if part is None else part.of(slices)
-                for place, name in places:
-                    place[name] = value
+        """Make the tensors of the networks parts of what those of the model are now."""
+        recording = torch.is_grad_enabled()
+        for source in self._sources:
+            source.attach(recording)
         for module in self._recurrent:
             module._flat_weights = [module._parameters[n] for n in module._flat_weights_names]
 
 
-def _homes(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each tensor stands: a dict of its module, and its name there."""
+class _Source:
+    """A tensor of the model, and the places where it, or a part of it, stands in networks."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._places: dict[tuple[Narrowed, Part | None], list[Home]] = {}
+        self._regions: tuple[Region, ...] = ()
+        self._views_only = True
+        self._attached: tuple[Tensor | None, int] = (None, 0)  # and where its data is
+
+    def add(self, network: Narrowed, part: Part | None, place: Home) -> None:
+        if (network, part) not in self._places and part is not None:
+            self._regions += part.regions
+            self._views_only &= part.is_view
+        self._places.setdefault((network, part), []).append(place)
+
+    def attach(self, recording: bool) -> None:
+        home, name = self._home
+        tensor: Tensor = home[name]
+        is_whole = not self._regions
+        last, data = self._attached
+        if last is tensor and (is_whole or (not recording and data == tensor.data_ptr())):
+            return
+        slices = iter(slices_of(tensor, self._regions))
+        for (_, part), places in self._places.items():
+            value = tensor if part is None else part.of(slices)
+            for place, name in places:
+                place[name] = value
+        keeps = is_whole or (self._views_only and not recording)
+        self._attached = (tensor if keeps else None, 0 if is_whole else tensor.data_ptr())
+
+
+def _homes(model: nn.Module) -> dict[str, Home]:
     return {
         f"{module}.{name}".strip("."): (place, name)
         for module, owner in model.named_modules(remove_duplicate=False)
@@ -187,6 +246,16 @@ def _ranges(keep: Sequence[int]) -> Iterator[Range]:
         if i == len(keep) or keep[i] != keep[i - 1] + 1:
             yield keep[start], keep[i - 1] + 1
             start = i
+
+
+def _take_out_layers(network: nn.Module, names: Iterable[str]) -> None:
+    """Those that `insert` put in, and that neither slice nor pad."""
+    layers = tail_dropouts(network)
+    for name in names:
+        owner, _, child = name.rpartition(".")
+        inserted = child in inserted_children(network.get_submodule(owner))
+        if inserted and not isinstance(layers[name], FittedTailDropout):
+            remove(network, name)
 
 
 def _holders(model: nn.Module) -> list[str]:
