@@ -11,6 +11,7 @@ from .models.insert import insert, insert_each, remove, replace_dropout, tail_dr
 from .models.together import DrawnTogether, draw_together
 from .models.width import Choice, ChosenWidth, at_width
 from .pruning.budget import WidthPath, WidthStep, choose_widths
+from .pruning.elastic import Elastic
 from .pruning.finalize import finalize
 from .pruning.nest import Nested, Place, Places, nest, places
 from .pruning.order import OrderedPlace, OrderPlan, order, plan_ordering
@@ -23,8 +24,7 @@ from .showing.report import report
 
 __version__ = "0.1.0"
 # fmt: off
-__all__ = ["Choice", "ChosenWidth", "DrawnTogether", "LiveScree", "Nested", "OrderPlan", "OrderedPlace", "Place", "Places", "PrefixLoss",
-    "PrunePlan", "PruningError", "Schedule", "Scree", "Sweep", "SweepPoint", "TailDropout", "TailLinear", "TailMLP", "WidthPath",
-    "WidthStep", "at_width", "choose_widths", "draw_together", "draws", "finalize", "functional", "insert", "insert_each", "lengths",
-    "load_pruned", "nest", "order", "places", "plan_ordering", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout",
-    "report", "save_pruned", "scree", "tail_dropouts"]
+__all__ = ["Choice", "ChosenWidth", "DrawnTogether", "Elastic", "LiveScree", "Nested", "OrderPlan", "OrderedPlace", "Place", "Places", "PrefixLoss", "PrunePlan", "PruningError", "Schedule",
+    "Scree", "Sweep", "SweepPoint", "TailDropout", "TailLinear", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draw_together", "draws", "finalize", "functional",
+    "insert", "insert_each", "lengths", "load_pruned", "nest", "order", "places", "plan_ordering", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report",
+    "save_pruned", "scree", "tail_dropouts"]

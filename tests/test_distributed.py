@@ -305,3 +305,37 @@ def test_checkpointing_draws_the_same_k_again(block, use_reentrant):
         return checkpoint(model, inputs, use_reentrant=use_reentrant)
 
     assert_close(run_with(run_checkpointed), run_with(lambda model, inputs: model(inputs)))
+
+
+# --- Elastic ---------------------------------------------------------------------------------------
+
+
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Linear(4, 16), nn.Tanh(), TailDropout(), nn.Linear(16, 12), nn.Tanh(), TailDropout()),
+        nn.Linear(12, 3),
+    )
+
+
+def gradients_of_the_mean(wrap):
+    """Of all processes' samples together, as the wrapped Elastic leaves them in each."""
+    x, _ = rows(0, 60)
+    share = x.chunk(dist.get_world_size())[dist.get_rank()]
+    elastic = wrap(td.Elastic(deep(), x, groups=3).train())
+    torch.manual_seed(dist.get_rank())
+    elastic(share).square().sum().backward()
+    grads = [p.grad for p in elastic.parameters()]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+def as_it_is(elastic):
+    return elastic
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_an_elastic_averages_its_gradients_over_the_processes(processes, wrap):
+    of_each = processes.run(gradients_of_the_mean, as_it_is)
+    expected = [torch.stack(grads).mean(0) for grads in zip(*of_each, strict=True)]
+    for grads in processes.run(gradients_of_the_mean, wrap):
+        assert_close(grads, expected)

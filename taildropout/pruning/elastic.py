@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -117,8 +118,12 @@ class Elastic(nn.Module):
 
     # --- a call ---------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._compiling_each():
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ks = [layer.set_k_for(n) for layer, n in self._n.items()]
         draws = [k is None and layer.training for k, layer in zip(ks, self._n, strict=True)]
         if all(draws):
@@ -276,6 +281,16 @@ class Elastic(nn.Module):
         networks = [network for network in self._networks.values() if isinstance(network, Narrowed)]
         for module in (self.model, *(network.network for network in networks)):
             module.compile(*args, **kwargs)
+
+    def _compiling_each(self) -> AbstractContextManager[Any]:
+        """The compiler takes networks of one class for the same one, and tires of compiling it."""
+        if self._compiled is None:
+            return nullcontext()
+        limit = torch._dynamo.config.recompile_limit
+        more: AbstractContextManager[Any] = torch._dynamo.config.patch(
+            recompile_limit=limit + 2 * len(self._networks)
+        )
+        return more
 
     def extra_repr(self) -> str:
         parts = [f"groups={self.groups}"] if self.widths is None else [f"widths={self.widths}"]
