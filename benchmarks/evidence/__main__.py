@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import hermite, pca, regression, small, stratified, trained, widths
+from . import hermite, longer, pca, regression, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -28,6 +28,7 @@ TABLES: dict[str, ModuleType] = {
     "regression": regression,
     "hermite": hermite,
     "widths": widths,
+    "longer": longer,
     "trained": trained,
     "small": small,
     "stratified": stratified,
