@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import hermite, longer, pca, regression, small, stratified, trained, widths
+from . import convnet, hermite, longer, pca, regression, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -30,6 +30,7 @@ TABLES: dict[str, ModuleType] = {
     "widths": widths,
     "longer": longer,
     "trained": trained,
+    "convnet": convnet,
     "small": small,
     "stratified": stratified,
 }

@@ -24,6 +24,7 @@ AUTOENCODER = "autoencoder, held-out error in thousandths"
 CLASSIFIER = "classifier, held-out accuracy in %"
 KS = [1, 2, 4, 8, 16, 32]
 WIDTH, BATCH = KS[-1], 256
+ORDERED_BY = 5000  # of the training images
 RATES = [5e-3, 1e-2]
 RECIPE = Mixed([Full(), Sizes(KS)], [0.2, 0.8])
 
@@ -117,23 +118,39 @@ def fitted(task: Task, method: Method, rate: float, seed: int) -> nn.Module:
     return model
 
 
-def train(task: Task, model: nn.Module, steps: int, rate: float, seed: int) -> None:
+def train(
+    task: Task,
+    model: nn.Module,
+    steps: int,
+    rate: float,
+    seed: int,
+    *,
+    batch_size: int = BATCH,
+    plain: float = 0.0,
+) -> None:
+    """With a share of plain steps, then in order and nested, as `td.Schedule` has it."""
     inputs, targets = task.train
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    nesting = None
+    if plain:
+        data = [(inputs[:ORDERED_BY], targets[:ORDERED_BY])]
+        nesting = td.Schedule(model, steps, plain=plain, data=data, optimizer=optimizer)
     model.train()
     batches: Iterator[Tensor] = iter(())
     for _ in range(steps):
         batch = next(batches, None)
-        if batch is None or len(batch) < BATCH:
-            batches = iter(torch.randperm(len(inputs), generator=generator).split(BATCH))
+        if batch is None or len(batch) < batch_size:
+            batches = iter(torch.randperm(len(inputs), generator=generator).split(batch_size))
             batch = next(batches)
         loss = task.loss(model(inputs[batch]), targets[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        if nesting is not None:
+            nesting.step()
     model.eval()
 
 
