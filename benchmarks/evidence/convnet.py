@@ -14,7 +14,7 @@ from taildropout.lengths import Full, Mixed, Sizes
 
 from .images import Labelled, fashion_mnist
 from .report import Numbers, Settings, count_flops, mean_text, table
-from .widths import ORDERED_BY, Task, classifying, train
+from .widths import ORDERED_BY, Task, classifying, train, training_flops
 
 TITLE = "A whole network nested in one line"
 SEEDS = 3
@@ -86,9 +86,8 @@ class Kind:
         model = self.build(width).eval()
         return count_flops(lambda: model(self.example[:1]))
 
-    def step_flops(self, model: nn.Module) -> int:
-        inputs, targets = (part[: self.batch_size] for part in self.task.train)
-        return count_flops(lambda: self.task.loss(model(inputs), targets).backward())
+    def training_flops(self, model: nn.Module, steps: int) -> int:
+        return training_flops(self.task, model, steps, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def trained(kind: Kind, method: Method, seeds: list[int], rates: list[float]) ->
     seconds = (time.process_time() - start) / len(rates)
     rate = max(rates, key=lambda rate: best_on_held_out(kind, tried[rate])[0])
     models = [tried[rate], *(fitted(kind, method, rate, seed) for seed in seeds[1:])]
-    flops = kind.step_flops(copy.deepcopy(models[0])) * round(method.budget * kind.task.steps)
+    flops = kind.training_flops(models[0], round(method.budget * kind.task.steps))
     return Trained(models, rate, seconds, flops)
 
 
@@ -252,7 +251,7 @@ def afterwards(kind: Kind, found: Trained, seeds: list[int]) -> Iterator[tuple[s
             rate, size = found.rate / 2, kind.batch_size
             train(kind.task, model, steps, rate, seed + 1000, batch_size=size)
         seconds = (time.process_time() - start) / len(seeds)
-        flops = kind.step_flops(copy.deepcopy(models[0])) * steps
+        flops = kind.training_flops(models[0], steps)
         further = Trained(models, found.rate / 2, seconds, flops)
         yield words, row(kind, further)
 

@@ -5,9 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from torch import nn
-
-from .report import Numbers, Settings, count_flops, mean_text, table
+from .report import Numbers, Settings, mean_text, table
 from .widths import (
     BATCH,
     BUDGET,
@@ -21,6 +19,7 @@ from .widths import (
     fitted,
     scores,
     tasks,
+    training_flops,
 )
 
 TITLE = "Does it last with longer training?"
@@ -91,15 +90,10 @@ def trained(task: Task, methods: list[Method], rates: list[float], seeds: list[i
     seconds = (time.process_time() - start) / len(seeds)
     found = [[score for m in of_seed for score in scores(task, m, task.test)] for of_seed in models]
     flops = sum(
-        step_flops(task, model) * task.steps * each.budget
+        training_flops(task, model, task.steps * each.budget)
         for model, each in zip(models[0], methods, strict=True)
     )
     return Row(rates, found, seconds, flops)
-
-
-def step_flops(task: Task, model: nn.Module) -> int:
-    inputs, targets = (part[:BATCH] for part in task.train)
-    return count_flops(lambda: task.loss(model(inputs), targets).backward())
 
 
 def text(numbers: Numbers, settings: Settings) -> str:

@@ -1,5 +1,6 @@
 """One network for all widths against a network for each, at the same total compute."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from taildropout.lengths import Full, Mixed, Sizes
 from taildropout.measuring.cuts import Features
 
 from .images import Labelled, fashion_mnist
-from .report import CONTROLS, Numbers, Settings, mean_text, table
+from .report import CONTROLS, Numbers, Settings, count_flops, mean_text, table
 
 TITLE = "One network for all widths against a network for each"
 SEEDS = 3
@@ -152,6 +153,13 @@ def train(
         if nesting is not None:
             nesting.step()
     model.eval()
+
+
+def training_flops(task: Task, model: nn.Module, steps: int, batch_size: int = BATCH) -> int:
+    """Of the matrix products and convolutions of so many steps."""
+    inputs, targets = (part[:batch_size] for part in task.train)
+    step = copy.deepcopy(model)
+    return steps * count_flops(lambda: task.loss(step(inputs), targets).backward())
 
 
 @torch.no_grad()
