@@ -13,7 +13,7 @@ import taildropout as td
 from taildropout.lengths import Full, Mixed, Sizes
 
 from .images import Labelled, fashion_mnist
-from .report import Numbers, Settings, count_flops, mean_text, table
+from .report import Numbers, Settings, count_flops, differences, means, table, verdict
 from .widths import ORDERED_BY, Task, classifying, train, training_flops
 
 TITLE = "A whole network nested in one line"
@@ -317,34 +317,20 @@ def text(numbers: Numbers, settings: Settings) -> str:
         cells = [
             ["parameters", *[f"{count:,}" for count in of_kind["parameters"]], *[""] * 4],
             ["FLOPs of an image", *[f"{count:,}" for count in of_kind["flops"]], *[""] * 4],
-            *([words, *_means(row["scores"]), *_costs(name, row)] for words, row in found.items()),
+            *([words, *means(row["scores"]), *_costs(name, row)] for words, row in found.items()),
         ]
-        own = found[DEDICATED]["scores"]
-        gains = [
-            [words, *_means(_differences(row["scores"], own))]
-            for words, row in found.items()
-            if words != DEDICATED
-        ]
+        gains = [[words, *means(of)] for words, of in _gains(found).items()]
+        between = [[words, *means(of)] for words, of in _between(name, found).items()]
         parts += [f"**{name}, held-out accuracy in %; T is {of_kind['steps']:,} steps**"]
         parts += [table([*head, *costs], cells)]
-        parts += ["The same, less that of the networks of each width, in points, paired by seed:"]
-        parts += [table(head, gains), " ".join(_shown(name, of_kind))]
-    return "\n\n".join(parts)
+        parts += ["The same, less the networks of each width, in points, paired by seed:"]
+        parts += [table(head, gains), "And against each other:", table(head, between)]
+        parts += [" ".join(_shown(name, found))]
+    return "\n\n".join([*parts, SHOWN])
 
 
 def _fraction(width: float) -> str:
     return f"1/{round(1 / width)}" if width < 1 else "1"
-
-
-def _means(by_seed: list[list[float]]) -> list[str]:
-    return [mean_text(column, 2) for column in zip(*by_seed, strict=True)]
-
-
-def _differences(by_seed: list[list[float]], others: list[list[float]]) -> list[list[float]]:
-    return [
-        [score - other for score, other in zip(scores, of_others, strict=True)]
-        for scores, of_others in zip(by_seed, others, strict=True)
-    ]
 
 
 def _costs(name: str, row: Numbers) -> list[str]:
@@ -356,48 +342,50 @@ def _costs(name: str, row: Numbers) -> list[str]:
     ]
 
 
-def _shown(name: str, of_kind: Numbers) -> Iterator[str]:
-    """What came out, in words: each a list of differences by width."""
-    rows = of_kind["rows"]
+def _gains(rows: Numbers) -> dict[str, list[list[float]]]:
+    own = rows[DEDICATED]["scores"]
+    return {
+        words: differences(row["scores"], own) for words, row in rows.items() if words != DEDICATED
+    }
 
-    def less(one: str, other: str) -> str:
-        return _listed(_differences(rows[one]["scores"], rows[other]["scores"]))
 
-    flops = rows[NESTED]["flops"] / rows[DEDICATED]["flops"]
-    yield (
-        f"Differences by width, from {_fraction(WIDTHS[0])} to 1, in points. Nested in {BUDGET} T less "
-        f"the networks of each width: {less(NESTED, DEDICATED)}; but the tails are zeroed, not left "
-        f"out, so at equal numbers of steps nesting takes {flops:.1f} times the FLOPs. With as many "
-        f"FLOPs: {less(SAME_FLOPS, DEDICATED)}. The plain network with the whole budget less the nested "
-        f"one: {less(PLAIN, NESTED)}."
-    )
-    yield (
-        f"A start with 40 % of plain steps (`td.Schedule`) less nesting from the start: "
-        f"{less(SCHEDULED, NESTED)}. What comes from the plain network by an order and a tenth of the "
-        f"budget more, less nesting from the start: {less(ORDERED_NESTED, NESTED)}; less the same "
-        f"without the order: {less(ORDERED_NESTED, JUST_NESTED)}."
-    )
+def _between(name: str, rows: Numbers) -> dict[str, list[list[float]]]:
+    pairs = {
+        f"{PLAIN}, less nested": (PLAIN, NESTED),
+        "`td.Schedule`, less nested from the start": (SCHEDULED, NESTED),
+        "ordered, then nested, less nested from the start": (ORDERED_NESTED, NESTED),
+        "ordered, then nested, less the same without the order": (ORDERED_NESTED, JUST_NESTED),
+        "one width in each step, less one for each sample": (ONE_WIDTH, NESTED),
+    }
+    found = {
+        words: differences(rows[one]["scores"], rows[other]["scores"])
+        for words, (one, other) in pairs.items()
+    }
     if name == RESIDUAL:
-        renewing = [_renewing(rows[words]) for words in (NESTED, ONE_WIDTH, PLAIN)]
-        yield (
-            "BatchNorm's statistics can be renewed at each width (`td.recalibrate`), and were where "
-            f"that is better on held-out images. With the first seed it changes the network nested in "
-            f"{BUDGET} T by {renewing[0]} points: where each sample has its own width, training normalises by a "
-            "batch of all widths, and so must what comes after. Where all samples of a step have the "
-            f"same width (`batch_dim=()`), it changes it by {renewing[1]}; and the plain network that is "
-            f"cut by {renewing[2]}. One width in each step less one for each sample: "
-            f"{less(ONE_WIDTH, NESTED)}."
-        )
+        for words in (PLAIN, NESTED, ONE_WIDTH):
+            found[f"{words}: BatchNorm renewed, less as trained (first seed)"] = _renewing(
+                rows[words]
+            )
+    return found
 
 
-def _listed(by_seed: list[list[float]]) -> str:
-    means = [statistics.fmean(column) for column in zip(*by_seed, strict=True)]
-    return ", ".join(f"{mean:+.2f}" for mean in means)
-
-
-def _renewing(row: Numbers) -> str:
-    """What it changes to renew statistics, with the first seed."""
+def _renewing(row: Numbers) -> list[list[float]]:
     renewed, left = row["scores"][:1], row["others"]
     if not row["renewed"]:
         renewed, left = left, renewed
-    return _listed(_differences(renewed, left))
+    return differences(renewed, left)
+
+
+def _shown(name: str, rows: Numbers) -> Iterator[str]:
+    """What came out, in words."""
+    widths = [_fraction(width) for width in WIDTHS]
+    yield "Against the networks of each width (by more than two standard errors):"
+    for words in (NESTED, SAME_FLOPS, SCHEDULED, ONE_WIDTH, ONE_WIDTH_SAME_FLOPS, ORDERED_NESTED):
+        yield f"*{words}* is {verdict(widths, _gains(rows)[words])};"
+    yield (
+        "zeroed tails are computed all the same, so at equal numbers of steps nesting takes "
+        f"{rows[NESTED]['flops'] / rows[DEDICATED]['flops']:.1f} times the FLOPs."
+    )
+
+
+SHOWN = ""

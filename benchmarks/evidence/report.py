@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from taildropout.measuring.cuts import Features
 
 Numbers = dict[str, Any]  # as they go to JSON
+Columns = Sequence[Sequence[float]]  # a row for each seed
 
 # What `td.scree` keeps of a network whose curve is printed, to see what its order is worth.
 CONTROLS: dict[Features, str] = {"random": "random features", "principal": "principal components"}
@@ -52,6 +53,33 @@ def mean_text(values: Sequence[float], digits: int) -> str:
 
 def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def differences(one: Columns, other: Columns) -> list[list[float]]:
+    """Of two tables of equal shape, entry by entry: a list for each seed."""
+    return [
+        [value - subtracted for value, subtracted in zip(row, others, strict=True)]
+        for row, others in zip(one, other, strict=True)
+    ]
+
+
+def means(by_seed: Columns, digits: int = 2) -> list[str]:
+    """Of each column, with its standard error."""
+    return [mean_text(column, digits) for column in zip(*by_seed, strict=True)]
+
+
+def verdict(names: Sequence[str], gains: Columns) -> str:
+    """Where a gain is more than two standard errors from zero (of one seed: its sign), in words."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "no different": []}
+    for name, column in zip(names, zip(*gains, strict=True), strict=True):
+        mean, error = statistics.fmean(column), standard_error(column)
+        clear = abs(mean) > 2 * (0 if math.isnan(error) else error)
+        found["no different" if not clear else "better" if mean > 0 else "worse"].append(name)
+    return ", ".join(f"{word} at {_listed(where)}" for word, where in found.items() if where)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def power(value: float) -> str:
