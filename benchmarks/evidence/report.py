@@ -70,11 +70,11 @@ def means(by_seed: Columns, digits: int = 2) -> list[str]:
 
 def verdict(names: Sequence[str], gains: Columns) -> str:
     """Where a gain is more than two standard errors from zero (of one seed: its sign), in words."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "no different": []}
+    found: dict[str, list[str]] = {"better": [], "worse": [], "about the same": []}
     for name, column in zip(names, zip(*gains, strict=True), strict=True):
         mean, error = statistics.fmean(column), standard_error(column)
         clear = abs(mean) > 2 * (0 if math.isnan(error) else error)
-        found["no different" if not clear else "better" if mean > 0 else "worse"].append(name)
+        found["about the same" if not clear else "better" if mean > 0 else "worse"].append(name)
     return ", ".join(f"{word} at {_listed(where)}" for word, where in found.items() if where)
 
 
