@@ -30,7 +30,7 @@ DEDICATED = f"control: a network of width k, T each, {BUDGET} T in all"
 NESTED = f"nested, the recipe, {BUDGET} T"
 PLAIN = f"control: plain, {BUDGET} T"
 DONE = f"""\
-The classifier of the section before, with its recipe, but with more steps: T for each of the {BUDGET}
+The classifier of the tables above, with the same recipe, but with more steps: T for each of the {BUDGET}
 networks of width k, {BUDGET} T for the nested one and for the plain one of width {WIDTH}. The learning
 rate of each network is chosen at the smallest T (of {" and ".join(f"{rate:g}" for rate in RATES)}, on
 the 10,000 held-out images, with the first seed) and kept at the others, for time; and for time the
