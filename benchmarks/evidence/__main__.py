@@ -39,7 +39,7 @@ INTRODUCTION = """\
 # Evidence
 
 What the method does, measured against controls, where it helps and where it loses. This page is
-written by `python -m benchmarks.evidence` (all of it in about half an hour on two cores); the
+written by `python -m benchmarks.evidence` (all of it in about an hour and a half); the
 command under each table repeats that table alone, `--quick` prints a small version of it.
 
 Where it costs something: at full width a plain network that is trained for as long as all widths
