@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import hermite, pca, regression, small, stratified, trained, widths
+from . import convnet, hermite, longer, pca, regression, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -29,6 +29,8 @@ TABLES: dict[str, ModuleType] = {
     "hermite": hermite,
     "widths": widths,
     "trained": trained,
+    "longer": longer,
+    "convnet": convnet,
     "small": small,
     "stratified": stratified,
 }
@@ -37,13 +39,15 @@ INTRODUCTION = """\
 # Evidence
 
 What the method does, measured against controls, where it helps and where it loses. This page is
-written by `python -m benchmarks.evidence` (all of it in about half an hour on two cores); the
+written by `python -m benchmarks.evidence` (all of it in about an hour and a half); the
 command under each table repeats that table alone, `--quick` prints a small version of it.
 
 Where it costs something: at full width a plain network that is trained for as long as all widths
 together is better than one network for all widths, and at the smallest widths an autoencoder of that
 width is; as a regulariser the layer does nothing
-([tables](#one-network-for-all-widths-against-a-network-for-each)).
+([tables](#one-network-for-all-widths-against-a-network-for-each)). Zeroed tails are computed all the
+same: with as many FLOPs as the networks of each width, a whole residual network that is nested is
+worse than they are ([tables](#a-whole-network-nested-in-one-line)).
 
 Since 24 November 2026 a run prints, beside each curve over k, two controls of the same trained
 network: k random features, and the first k principal components of its features

@@ -2,13 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
 
 from taildropout.measuring.cuts import Features
 
 Numbers = dict[str, Any]  # as they go to JSON
+Columns = Sequence[Sequence[float]]  # a row for each seed
 
 # What `td.scree` keeps of a network whose curve is printed, to see what its order is worth.
 CONTROLS: dict[Features, str] = {"random": "random features", "principal": "principal components"}
@@ -20,6 +23,13 @@ class Settings:
 
     quick: bool = False
     rho: float = 0.7
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Of all matrix products and convolutions in a call; in a backward pass too."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -43,6 +53,33 @@ def mean_text(values: Sequence[float], digits: int) -> str:
 
 def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def differences(one: Columns, other: Columns) -> list[list[float]]:
+    """Of two tables of equal shape, entry by entry: a list for each seed."""
+    return [
+        [value - subtracted for value, subtracted in zip(row, others, strict=True)]
+        for row, others in zip(one, other, strict=True)
+    ]
+
+
+def means(by_seed: Columns, digits: int = 2) -> list[str]:
+    """Of each column, with its standard error."""
+    return [mean_text(column, digits) for column in zip(*by_seed, strict=True)]
+
+
+def verdict(names: Sequence[str], gains: Columns) -> str:
+    """Where a gain is more than two standard errors from zero (of one seed: its sign), in words."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "about the same": []}
+    for name, column in zip(names, zip(*gains, strict=True), strict=True):
+        mean, error = statistics.fmean(column), standard_error(column)
+        clear = abs(mean) > 2 * (0 if math.isnan(error) else error)
+        found["about the same" if not clear else "better" if mean > 0 else "worse"].append(name)
+    return ", ".join(f"{word} at {_listed(where)}" for word, where in found.items() if where)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def power(value: float) -> str:

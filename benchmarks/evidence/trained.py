@@ -7,18 +7,30 @@ import taildropout as td
 from taildropout.lengths import Full
 
 from .report import CONTROLS, Numbers, Settings, mean_text, table
-from .widths import KS, METHODS, RATES, RECIPE, WIDTH, Task, fitted, scores, steps, tasks, train
+from .widths import (
+    KS,
+    METHODS,
+    ORDERED_BY,
+    RATES,
+    RECIPE,
+    WIDTH,
+    Task,
+    fitted,
+    scores,
+    steps,
+    tasks,
+    train,
+)
 
 TITLE = "From a trained network"
 SEEDS = 3
 SHARE = 10  # of the steps of the first training, one in so many
-SAMPLES = 5000
 RATE = max(RATES)
 
 DONE = f"""\
 The networks and the data are those of the last section. The plain network of width {WIDTH} is trained
 for T = {{steps:,}} steps; what comes next takes T/{SHARE} more. *Ordered* is
-`td.order(model, data)` on {SAMPLES:,} images it was trained on: between two Linears it turns the
+`td.order(model, data)` on {ORDERED_BY:,} images it was trained on: between two Linears it turns the
 features onto their principal components, with the outputs unchanged, and takes no training.
 *Nested* goes on training with `lengths` as in the recipe above, in a plain `TailDropout`: the learning
 rate rises and falls once more, to half of the first. Its control is the same without the order. No
@@ -41,7 +53,7 @@ def methods(task: Task, seed: int) -> Iterator[tuple[str, list[float]]]:
     yield "control: plain", scores(task, plain, task.test)
     for features, words in CONTROLS.items():
         yield f"control: plain, {words}", scores(task, plain, task.test, features)
-    inputs, targets = (part[:SAMPLES] for part in task.train)
+    inputs, targets = (part[:ORDERED_BY] for part in task.train)
     ordered = td.order(plain, [(inputs, targets)])
     yield "ordered", scores(task, ordered, task.test)
     for words, before, lengths in [

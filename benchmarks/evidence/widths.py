@@ -1,5 +1,6 @@
 """One network for all widths against a network for each, at the same total compute."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from taildropout.lengths import Full, Mixed, Sizes
 from taildropout.measuring.cuts import Features
 
 from .images import Labelled, fashion_mnist
-from .report import CONTROLS, Numbers, Settings, mean_text, table
+from .report import CONTROLS, Numbers, Settings, count_flops, mean_text, table
 
 TITLE = "One network for all widths against a network for each"
 SEEDS = 3
@@ -24,6 +25,7 @@ AUTOENCODER = "autoencoder, held-out error in thousandths"
 CLASSIFIER = "classifier, held-out accuracy in %"
 KS = [1, 2, 4, 8, 16, 32]
 WIDTH, BATCH = KS[-1], 256
+ORDERED_BY = 5000  # of the training images
 RATES = [5e-3, 1e-2]
 RECIPE = Mixed([Full(), Sizes(KS)], [0.2, 0.8])
 
@@ -117,24 +119,47 @@ def fitted(task: Task, method: Method, rate: float, seed: int) -> nn.Module:
     return model
 
 
-def train(task: Task, model: nn.Module, steps: int, rate: float, seed: int) -> None:
+def train(
+    task: Task,
+    model: nn.Module,
+    steps: int,
+    rate: float,
+    seed: int,
+    *,
+    batch_size: int = BATCH,
+    plain: float = 0.0,
+) -> None:
+    """With a share of plain steps, then in order and nested, as `td.Schedule` has it."""
     inputs, targets = task.train
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    nesting = None
+    if plain:
+        data = [(inputs[:ORDERED_BY], targets[:ORDERED_BY])]
+        nesting = td.Schedule(model, steps, plain=plain, data=data, optimizer=optimizer)
     model.train()
     batches: Iterator[Tensor] = iter(())
     for _ in range(steps):
         batch = next(batches, None)
-        if batch is None or len(batch) < BATCH:
-            batches = iter(torch.randperm(len(inputs), generator=generator).split(BATCH))
+        if batch is None or len(batch) < batch_size:
+            batches = iter(torch.randperm(len(inputs), generator=generator).split(batch_size))
             batch = next(batches)
         loss = task.loss(model(inputs[batch]), targets[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        if nesting is not None:
+            nesting.step()
     model.eval()
+
+
+def training_flops(task: Task, model: nn.Module, steps: int, batch_size: int = BATCH) -> int:
+    """Of the matrix products and convolutions of so many steps."""
+    inputs, targets = (part[:batch_size] for part in task.train)
+    step = copy.deepcopy(model)
+    return steps * count_flops(lambda: task.loss(step(inputs), targets).backward())
 
 
 @torch.no_grad()

@@ -24,10 +24,13 @@ def recalibrate(
 ) -> None:
     """Estimate the running statistics of all BatchNorm layers anew, in place.
 
-    A BatchNorm layer behind a TailDropout has gathered its statistics over all the widths of
-    training, and fits none of them quite. This runs the network over some data at the width that
-    it has now: that of a pruned network, of `at_width`, or the ks that are set. All other layers
-    are in eval mode, and every weight stays.
+    A BatchNorm layer behind a TailDropout gathers its statistics over all the widths of training.
+    This runs the network over some data at the width that it has now: that of a pruned network, of
+    `at_width`, or the ks that are set. All other layers are in eval mode, and every weight stays.
+
+    It is for networks whose steps had one width each (`batch_dim=()`), or were trained without the
+    layers. Where each sample has a width of its own, training itself normalises by a batch of all
+    widths, and the statistics gathered then usually serve better: compare on held-out data.
 
     Each statistic is the mean over all batches, weighted by the number of values that a batch has
     for it, so that a small last batch counts little. (In SyncBatchNorm every batch counts alike,

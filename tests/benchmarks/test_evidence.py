@@ -7,9 +7,9 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import hermite, linear, pca, regression
-from benchmarks.evidence.report import Settings
-from taildropout import TailDropout
+from benchmarks.evidence import convnet, hermite, linear, pca, regression
+from benchmarks.evidence.report import Settings, count_flops
+from taildropout import TailDropout, nest, prune
 from taildropout.lengths import Uniform
 
 pytestmark = pytest.mark.slow
@@ -145,3 +145,22 @@ def test_numbers_that_were_written_give_the_same_section_when_read(tmp_path, cap
     assert "\npython -m benchmarks.evidence --only hermite --rho -0.6 --quick\n" in measured
     command.main(["--read", str(file)])
     assert capsys.readouterr().out == measured
+
+
+def test_flops_of_a_step_are_two_for_each_multiplication_of_its_three_products():
+    """Forward, and the gradients of weights and inputs; the first layer's inputs need none."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    flops = count_flops(lambda: model(torch.randn(11, 5)).sum().backward())
+    assert flops == 2 * 11 * (2 * 5 * 7 + 3 * 7 * 3)
+
+
+@pytest.mark.parametrize("build", [convnet.residual, convnet.perceptron])
+def test_the_networks_of_each_width_have_the_shapes_that_prune_gives(build):
+    model, images = build(1.0), torch.rand(2, 784)
+    nest(model, images, lengths=convnet.RECIPE, min_width=1 / 8, streams=True)
+    for width in convnet.WIDTHS[:-1]:
+        small = prune(model, width, images).state_dict()
+        own = build(width).state_dict()
+        assert {name: value.shape for name, value in small.items()} == {
+            name: value.shape for name, value in own.items()
+        }
