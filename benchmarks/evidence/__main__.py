@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import convnet, hermite, longer, pca, regression, small, stratified, trained, widths
+from . import convnet, deep, hermite, longer, pca, regression, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -28,6 +28,7 @@ TABLES: dict[str, ModuleType] = {
     "regression": regression,
     "hermite": hermite,
     "widths": widths,
+    "deep": deep,
     "trained": trained,
     "longer": longer,
     "convnet": convnet,
