@@ -49,6 +49,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/scree.py
 	$(BIN)/python benchmarks/widths.py
+	$(BIN)/python benchmarks/elastic.py
+	$(BIN)/python benchmarks/serving.py
 
 figures: $(READY)
 	$(BIN)/python -m docs.figures

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -127,19 +127,30 @@ class Elastic(nn.Module):
         ks = [layer.set_k_for(n) for layer, n in self._n.items()]
         draws = [k is None and layer.training for k, layer in zip(ks, self._n, strict=True)]
         if all(draws):
-            if self.widths is None and not self._still_fits():
-                self._cut_into_groups()
-            if not self._must_mask(self.masked):
-                draw = self._together.draw_of_call(self.model, args, kwargs)
-                ends = self._ends(len(draw.uniforms))
-                for name, k in self._ks(draw, ends).items():
-                    self._layers[name].keep_drawn(draw.by_sample(k))
-                return self._in_groups((args, kwargs), draw, ends)
-        elif not any(draws) and any(k is not None for k in ks):
+            return self._in_training_mode(args, kwargs)
+        if not any(draws) and any(k is not None for k in ks):
             network = self._of_one_width(ks)
             if network is not None:
                 return network(*args, **kwargs)
         return self.model(*args, **kwargs)
+
+    def _in_training_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.widths is None and not self._still_fits():
+            self._cut_into_groups()
+        masks = self._must_mask(self.masked)
+        if masks and self.widths is None:
+            return self.model(*args, **kwargs)
+        draw = self._together.draw_of_call(self.model, args, kwargs)
+        ends = self._ends(len(draw.uniforms))
+        ks = {name: draw.by_sample(k) for name, k in self._ks(draw, ends).items()}
+        for name, k in ks.items():
+            self._layers[name].keep_drawn(k)
+        if not masks:
+            return self._in_groups((args, kwargs), draw, ends)
+        with ExitStack() as stack:
+            for name, k in ks.items():
+                stack.enter_context(self._layers[name].using_k(k))
+            return self.model(*args, **kwargs)
 
     def _in_groups(self, arguments: Any, draw: Draw, ends: Sequence[int]) -> Any:
         """Each sample at its own k, or with `widths` in a group of one of them."""
@@ -174,11 +185,10 @@ class Elastic(nn.Module):
                 for name, layer in self._layers.items()
             }
         sizes = torch.tensor([0, *ends]).diff()
+        of_layers = zip(*self._menu, strict=True)
         return {
-            name: torch.tensor(
-                [network.k[name] for network in self._in_training]
-            ).repeat_interleave(sizes)
-            for name in self._layers
+            name: torch.tensor(ks).repeat_interleave(sizes)
+            for name, ks in zip(self._layers, of_layers, strict=True)
         }
 
     def _ends(self, samples: int) -> list[int]:
@@ -209,6 +219,7 @@ class Elastic(nn.Module):
             self._shares, ks = groups_by_width(self._n, self.groups)
         else:
             ks = [tuple(self._plan.at(w, check=False).k.values()) for w in self.widths]
+        self._menu = ks
         networks = [self._narrowed(one, masks=self.widths is None) for one in ks]
         self._in_training = [network for network in networks if isinstance(network, Narrowed)]
         reasons = [network for network in networks if isinstance(network, str)]
@@ -216,7 +227,7 @@ class Elastic(nn.Module):
 
     def _still_fits(self) -> bool:
         """Whether the networks are wide enough for the lengths, which may have changed."""
-        if self._lengths != self._lengths_now():
+        if self.masked is None and self._lengths != self._lengths_now():
             self._lengths = self._lengths_now()
             for share, network in zip(self._shares, self._in_training, strict=True):
                 ks = largest_ks(self._n, share)
@@ -251,7 +262,7 @@ class Elastic(nn.Module):
     def _unlike_masks(self) -> str | None:
         """Why groups would not compute what masks do: found on the example inputs, repeated."""
         inputs = self._plan.example_inputs
-        count = len(tensors_of(inputs)[0])
+        count = next((len(x) for x in tensors_of(inputs) if x.ndim and len(x)), _SAMPLES)
         while count < _SAMPLES:
             inputs, count = of_twice_the_batch(inputs), 2 * count
         masking = structural_copy(self.model).eval()
@@ -307,5 +318,5 @@ class Elastic(nn.Module):
 # What `_read` makes.
 _FOLLOWS = {
     *("masked", "_said", "_networks", "_attachments", "_norms", "_plan", "_together", "_layers"),
-    *("_n", "_lengths", "_shares", "_in_training"),
+    *("_n", "_lengths", "_shares", "_menu", "_in_training"),
 }

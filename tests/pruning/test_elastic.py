@@ -334,6 +334,23 @@ def test_statistics_of_the_whole_batch_are_left_to_masks():
     assert_trains_like_masks(elastic, x)
 
 
+def test_with_widths_masks_have_them_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), TailDropout(), nn.Linear(16, 3))
+    ).double()
+    elastic = Elastic(model, rows(4), widths=[0.25, 1.0]).train()
+    with pytest.warns(UserWarning, match="whole batch"):
+        elastic(rows(20))
+    assert model[3].drawn_k.sort().values.tolist() == [4] * 10 + [16] * 10
+    torch.manual_seed(1)
+    x = rows(20)
+    torch.manual_seed(2)
+    output = elastic(x)
+    with model[3].using_k(model[3].drawn_k):
+        assert_close(output, model(x))
+
+
 class Centred(nn.Module):
     """Samples that depend on the others of their batch."""
 
