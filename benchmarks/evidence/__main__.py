@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import hermite, pca, regression, small, stratified, trained, widths
+from . import hermite, language, pca, regression, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -29,6 +29,7 @@ TABLES: dict[str, ModuleType] = {
     "hermite": hermite,
     "widths": widths,
     "trained": trained,
+    "language": language,
     "small": small,
     "stratified": stratified,
 }

@@ -1,8 +1,10 @@
 """A small GPT, which reads bytes."""
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
 STREAM, HEAD, BLOCKS = 64, 8, 2
 HEADS, HIDDEN = STREAM // HEAD, 4 * STREAM
@@ -18,6 +20,8 @@ class Block(nn.Module):
         self.query, self.key, self.value = (nn.Linear(STREAM, heads * HEAD) for _ in range(3))
         self.out = nn.Linear(heads * HEAD, STREAM)
         self.up, self.down = nn.Linear(STREAM, hidden), nn.Linear(hidden, STREAM)
+        for linear in (self.out, self.down):  # so that each block begins as the identity
+            nn.init.zeros_(linear.weight)
 
     def forward(self, stream: Tensor) -> Tensor:
         stream = stream + self.attention(self.norm1(stream))
@@ -28,7 +32,10 @@ class Block(nn.Module):
             linear(input).unflatten(-1, (-1, HEAD)).transpose(1, 2)  # (B, heads, T, HEAD)
             for linear in (self.query, self.key, self.value)
         )
-        heads = scaled_dot_product_attention(query, key, value, is_causal=True)
+        scores = query @ key.transpose(2, 3) / math.sqrt(HEAD)
+        length = input.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=input.device).triu(1)
+        heads = scores.masked_fill(future, -math.inf).softmax(-1) @ value
         return self.out(heads.transpose(1, 2).flatten(2))
 
 

@@ -1,57 +1,264 @@
-"""A GPT on WordNet's glosses: one network for all widths, and from a trained plain network."""
-import copy, time, math
+"""A small GPT on glosses: one network for all widths, from the start or from a plain network."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
 import torch
 from torch import Tensor, nn
-import taildropout as td
-from taildropout.lengths import Full, Mixed, Sizes
 from torch.nn.functional import cross_entropy
-from .gpt import CONTEXT, GPT
+from torch.optim import Optimizer
+
+import taildropout as td
+from taildropout.lengths import Full, Lengths, Mixed, Sizes
+from taildropout.measuring.cuts import Features
+from taildropout.pruning.importance import By
+
+from .gpt import BLOCKS, CONTEXT, GPT, HEAD, HEADS, HIDDEN, STREAM
+from .report import CONTROLS, Numbers, Settings, count_flops, mean_text, table
 from .wordnet import synsets
-from functools import lru_cache
+
+TITLE = "A language model: one network for all widths"
+SEEDS = 3
 WIDTHS = [1 / 8, 1 / 4, 1 / 2, 1.0]
-BATCH=8
+BUDGET = len(WIDTHS)
+BATCH = 8
+RATES = [5e-3, 1e-2]
 RECIPE = Mixed([Full(), Sizes(WIDTHS)], [0.2, 0.8])
+ORDERS: dict[By, int] = {"variance": 1024, "saliency": 1024, "greedy": 32}  # windows of text
+SHARES = [0.4, 0.2]  # of plain steps
+EXAMPLE = torch.zeros(2, CONTEXT, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes, and windows of them that do not overlap: inputs, and what follows each byte."""
+
+    bytes: Tensor
+
+    def windows(self, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        whole = self.bytes[: len(self.bytes) // (CONTEXT + 1) * (CONTEXT + 1)]
+        windows = whole.view(-1, CONTEXT + 1)[:count]
+        return [(batch[:, :-1], batch[:, 1:]) for batch in windows.split(32)]
+
 
 @lru_cache(maxsize=1)
-def texts():
-    glosses = [s.gloss for s in synsets().values()]
-    order = torch.randperm(len(glosses), generator=torch.Generator().manual_seed(0)).tolist()
-    b = torch.tensor(list("\n".join(glosses[i] for i in order).encode("ascii")))
-    n = len(b) // 50
-    return b[: -2 * n], b[-2 * n : -n], b[-n:]
+def texts() -> tuple[Text, Text, Text]:
+    """To train on, to choose on and to test on: all glosses in a random order, one in a line."""
+    glosses = [synset.gloss for synset in synsets().values()]
+    order = torch.randperm(len(glosses), generator=torch.Generator().manual_seed(0))
+    whole = torch.tensor(list("\n".join(glosses[i] for i in order.tolist()).encode("ascii")))
+    held_out = len(whole) // 50
+    train, valid, test = whole.split([len(whole) - 2 * held_out, held_out, held_out])
+    return Text(train), Text(valid), Text(test)
 
-def windows(text: Tensor):
-    w = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    return w[:, :-1], w[:, 1:]
 
-def train(model, steps, rate, seed, after=lambda o: (lambda: None)):
-    text = texts()[0]
+def plain(seed: int, width: float = 1.0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(width)
+
+
+def nested(model: nn.Module, lengths: Lengths = RECIPE) -> nn.Module:
+    """The model, changed."""
+    td.nest(model, EXAMPLE, lengths=lengths)
+    return model
+
+
+def train(
+    model: nn.Module,
+    steps: int,
+    rate: float,
+    seed: int,
+    schedule: Callable[[Optimizer], td.Schedule] | None = None,
+) -> nn.Module:
+    """The model, trained on random windows; AdamW, one cycle of the learning rate."""
+    text, within = texts()[0].bytes, torch.arange(CONTEXT + 1)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    hook = after(optimizer)
-    within = torch.arange(CONTEXT + 1)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    scheduled = schedule(optimizer) if schedule else None
     model.train()
     for _ in range(steps):
         starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
-        batch = text[starts + within]
-        loss = cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        windows = text[starts + within]
         optimizer.zero_grad()
-        loss.backward()
+        bits(model(windows[:, :-1]), windows[:, 1:]).mean().backward()
         optimizer.step()
-        schedule.step()
-        hook()
+        cycle.step()
+        if scheduled:
+            scheduled.step()
+    return model.eval()
+
+
+def bits(output: Tensor, target: Tensor) -> Tensor:
+    """Per byte, for each window."""
+    return cross_entropy(output.mT, target, reduction="none").mean(1) / math.log(2)
+
+
+def scores(
+    model: nn.Module,
+    text: Text,
+    features: Features = "first",
+    count: int | None = None,
+) -> list[float]:
+    """Bits per byte at each width, with layers; one number without."""
     model.eval()
-    return model
+    if td.tail_dropouts(model):
+        scree = td.scree(
+            *(model, bits, text.windows(count)),
+            layer="*",
+            ks=WIDTHS,
+            features=features,
+            progress=False,
+        )
+        return scree.loss.tolist()
+    with torch.no_grad():
+        return [float(torch.cat([bits(model(x), y) for x, y in text.windows(count)]).mean())]
 
-def loss_of(output, target):
-    return cross_entropy(output.transpose(1, 2), target, reduction="none").mean(1) / math.log(2)
 
-@torch.no_grad()
-def bits(model, text, features="first", n=None):
-    inputs, targets = windows(text)
-    if n: inputs, targets = inputs[:n], targets[:n]
-    data = list(zip(inputs.split(64), targets.split(64)))
-    if not td.tail_dropouts(model):
-        return [float(torch.cat([loss_of(model(x), y) for x, y in data]).mean())]
-    return td.scree(model, loss_of, data, layer="*", ks=WIDTHS, features=features, progress=False).loss.tolist()
+def ordered(model: nn.Module, by: By) -> nn.Module:
+    """By some of the windows that it was trained on; a copy."""
+    return td.order(model, texts()[0].windows(ORDERS[by]), loss=bits, by=by)
+
+
+def flops(model: nn.Module) -> int:
+    """Of one step of training."""
+    tokens = EXAMPLE[:1].expand(BATCH, -1)
+    return count_flops(lambda: bits(model.train()(tokens), tokens).mean().backward())
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """On the validation text, with the first seed."""
+
+    dedicated: list[float]  # the rate for each width
+    nested: float
+    order: By
+
+    @classmethod
+    def by_training(cls, seed: int, steps: int, count: int | None) -> "Chosen":
+        valid = texts()[1]
+
+        def mean(model: nn.Module) -> float:
+            found = scores(model, valid, count=count)
+            return sum(found) / len(found)
+
+        def rate(start: Callable[[], nn.Module]) -> tuple[float, nn.Module]:
+            trained = {rate: train(start(), steps, rate, seed) for rate in RATES}
+            best = min(RATES, key=lambda rate: mean(trained[rate]))
+            return best, trained[best]
+
+        found = [rate(partial(plain, seed, width)) for width in WIDTHS]
+        whole = nested(found[-1][1])
+        order = min(ORDERS, key=lambda by: mean(ordered(whole, by)))
+        nested_rate, _ = rate(lambda: nested(plain(seed)))
+        return cls([rate for rate, _ in found], nested_rate, order)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a way of training: steps, FLOPs, seconds, and bits per byte by width."""
+
+    steps: int
+    flops: float
+    seconds: float
+    scores: list[float]
+
+
+def rows(chosen: Chosen, seed: int, steps: int, count: int | None) -> Iterator[tuple[str, Row]]:
+    """Each way of training once."""
+    test = texts()[2]
+    of_step = {width: flops(plain(0, width)) for width in WIDTHS}
+    whole = of_step[1.0]
+    budget = BUDGET * steps
+    plain_rate = chosen.dedicated[-1]
+    fair = round(sum(of_step.values()) / whole * steps)
+
+    def row(start: Callable[[], nn.Module], steps: int, *args: object) -> tuple[Row, nn.Module]:
+        begun = time.process_time()
+        model = train(start(), steps, *args)  # type: ignore[arg-type]
+        seconds = time.process_time() - begun
+        return Row(steps, steps * whole, seconds, scores(model, test, count=count)), model
+
+    each = [
+        row(partial(plain, seed, width), steps, rate, seed)[0]
+        for width, rate in zip(WIDTHS, chosen.dedicated, strict=True)
+    ]
+    yield (
+        DEDICATED,
+        Row(
+            budget,
+            sum(of_step.values()) * steps,
+            sum(one.seconds for one in each),
+            [one.scores[0] for one in each],
+        ),
+    )
+    for words, number in [(f"{BUDGET} T", budget), ("the same FLOPs", fair), ("T", steps)]:
+        yield (
+            f"nested, {words}",
+            row(lambda: nested(plain(seed)), number, chosen.nested, seed)[0],
+        )
+    for share in SHARES:
+        start = nested(plain(seed))
+        schedule = partial(_schedule, start, budget, share, chosen.order)
+        yield (
+            f"plain for {share:.0%}, ordered, then nested, {BUDGET} T",
+            row(lambda start=start: start, budget, chosen.nested, seed, schedule)[0],  # type: ignore[misc]
+        )
+    found, model = row(partial(plain, seed), budget, plain_rate, seed)
+    before = nested(model)
+    names: dict[Features, str] = {"first": "truncated"} | CONTROLS
+    for features, words in names.items():
+        yield (
+            f"control: plain, {BUDGET} T, {words}",
+            Row(found.steps, found.flops, found.seconds, scores(before, test, features, count)),
+        )
+    begun = time.process_time()
+    after = ordered(before, chosen.order)
+    took = time.process_time() - begun
+    yield "that, ordered", Row(0, 0, took, scores(after, test, count=count))
+    more = budget // 10
+    for words, model in [
+        (f"that, ordered, then nested for {BUDGET} T/10", after),
+        (f"control: that, nested for {BUDGET} T/10 without an order", before),
+    ]:
+        yield (
+            words,
+            row(partial(copy.deepcopy, model), more, plain_rate / 2, seed + 1000)[0],
+        )
+
+
+def _schedule(
+    model: nn.Module, steps: int, share: float, by: By, optimizer: Optimizer
+) -> td.Schedule:
+    data = texts()[0].windows(ORDERS[by])
+    return td.Schedule(
+        model, steps, plain=share, data=data, loss=bits, by=by, optimizer=optimizer
+    )
+
+
+def measure(settings: Settings, seeds: list[int]) -> Numbers:
+    """What was chosen, and the fields of `Row` for each way of training and seed."""
+    count = 64 if settings.quick else None
+    chosen = Chosen.by_training(seeds[0], steps(settings), count)
+    numbers: Numbers = {"chosen": vars(chosen), "rows": {}}
+    for seed in seeds:
+        for words, row in rows(chosen, seed, steps(settings), count):
+            numbers["rows"].setdefault(words, []).append(vars(row))
+            print(seed, words, row, flush=True)
+    return numbers
+
+
+def steps(settings: Settings) -> int:
+    return 5 if settings.quick else 1000
+
+
+DEDICATED = f"control: a network for each width, T each, {BUDGET} T in all"
+
+
+def text(numbers: Numbers, settings: Settings) -> str:
+    return "TODO"

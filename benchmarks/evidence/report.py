@@ -2,9 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
 
 from taildropout.measuring.cuts import Features
 
@@ -20,6 +22,13 @@ class Settings:
 
     quick: bool = False
     rho: float = 0.7
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Of all matrix products and convolutions in a call; in a backward pass too."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
