@@ -25,10 +25,10 @@ TITLE = "A language model: one network for all widths"
 SEEDS = 3
 WIDTHS = [1 / 8, 1 / 4, 1 / 2, 1.0]
 BUDGET = len(WIDTHS)
-BATCH = 8
+BATCH, HELD_OUT = 8, 1024
 RATES = [5e-3, 1e-2]
 RECIPE = Mixed([Full(), Sizes(WIDTHS)], [0.2, 0.8])
-ORDERS: dict[By, int] = {"variance": 1024, "saliency": 1024, "greedy": 32}  # windows of text
+ORDERS: dict[By, int] = {"variance": 1024, "saliency": 1024, "greedy": 16}  # windows of text
 SHARES = [0.4, 0.2]  # of plain steps
 EXAMPLE = torch.zeros(2, CONTEXT, dtype=torch.long)
 
@@ -51,7 +51,7 @@ def texts() -> tuple[Text, Text, Text]:
     glosses = [synset.gloss for synset in synsets().values()]
     order = torch.randperm(len(glosses), generator=torch.Generator().manual_seed(0))
     whole = torch.tensor(list("\n".join(glosses[i] for i in order.tolist()).encode("ascii")))
-    held_out = len(whole) // 50
+    held_out = HELD_OUT * (CONTEXT + 1)
     train, valid, test = whole.split([len(whole) - 2 * held_out, held_out, held_out])
     return Text(train), Text(valid), Text(test)
 
