@@ -20,7 +20,7 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import hermite, language, pca, regression, small, stratified, trained, widths
+from . import hermite, language, pca, regression, retrieval, small, stratified, trained, widths
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -30,6 +30,7 @@ TABLES: dict[str, ModuleType] = {
     "widths": widths,
     "trained": trained,
     "language": language,
+    "retrieval": retrieval,
     "small": small,
     "stratified": stratified,
 }

@@ -1,6 +1,7 @@
 """Embeddings of glosses that find those of their hypernyms, cut to any number of features."""
 
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 import taildropout as td
-from taildropout.lengths import Full
+from taildropout.lengths import Full, LogUniform
 
 from .report import Numbers, Settings, count_flops, mean_text, table
 from .wordnet import synsets
@@ -22,11 +23,11 @@ SEEDS = 3
 MENU = [8, 16, 32, 64]  # the sizes of the Matryoshka loss
 KS = [4, 8, 12, 16, 24, 32, 48, 64]
 N = KS[-1]
-BATCH, HELD_OUT = 512, 4000
+BATCH, HELD_OUT = 512, 2000
 WORDS, EMBEDDING, HIDDEN = 2**14, 128, 256
 SCALE = 20.0  # of cosines, to logits
 FOUND = 10
-RATES = [2e-3, 5e-3]
+RATES = [3e-3, 1e-2]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Encoder(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
         self.words = nn.EmbeddingBag(WORDS, EMBEDDING, mode="sum")
+        nn.init.normal_(self.words.weight, std=0.02)
         self.query, self.answer = (
             nn.Sequential(
                 *(nn.LayerNorm(EMBEDDING), nn.Linear(EMBEDDING, HIDDEN), nn.GELU()),
@@ -166,14 +168,156 @@ def step_loss(model: Encoder, loss: Loss, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def recalls(queries: Tensor, answers: Tensor, right: Tensor, ks: list[int]) -> list[float]:
-    """How many of 100 queries have the right answer among the first 10, by cosines of k features."""
+def recalls(
+    model: Encoder, pairs: Pairs, ks: list[int], axes: Callable[[Encoder], Tensor] | None = None
+) -> list[float]:
+    """How many of 100 glosses find their hypernym among the first 10, by cosines of k features."""
+    queries = model.queries(glosses().glosses.of(pairs.glosses))
+    answers = model.answers(glosses().hypernyms)
+    if axes:
+        turned = axes(model)
+        queries, answers = queries @ turned, answers @ turned
     found = []
     for k in ks:
         near, far = normalize(queries[:, :k]), normalize(answers[:, :k])
         better = [
             (part @ far.T > (part * far[own]).sum(1, keepdim=True) + 1e-6).sum(1)
-            for part, own in zip(near.split(500), right.split(500), strict=True)
+            for part, own in zip(near.split(500), pairs.hypernyms.split(500), strict=True)
         ]
         found.append(100 * float((torch.cat(better) < FOUND).double().mean()))
     return found
+
+
+def random_features(model: Encoder) -> Tensor:
+    """In a random order, the same for each network."""
+    return torch.eye(N)[torch.randperm(N, generator=torch.Generator().manual_seed(0))]
+
+
+@torch.no_grad()
+def principal_axes(model: Encoder) -> Tensor:
+    """Of the embeddings that it was trained on, of both kinds and of length 1; not centred."""
+    queries = model.queries(glosses().glosses.of(glosses().train.glosses))
+    both = normalize(torch.cat([queries, model.answers(glosses().hypernyms)]))
+    return torch.linalg.eigh(both.T @ both).eigenvectors.flip(1)
+
+
+CONTROLS = {"random features": random_features, "principal components": principal_axes}
+PLAIN, DEDICATED = "control: plain", f"control: a network for each k, T each, {len(KS)} T in all"
+PREFIX = "`PrefixLoss(loss)`"
+FROM_4 = f"`PrefixLoss(loss, LogUniform({KS[0]}))`"
+SUM = "control: Matryoshka"
+LOSSES: dict[str, Callable[[], Loss]] = {
+    PREFIX: lambda: td.PrefixLoss(contrastive, normalize=True),
+    FROM_4: lambda: td.PrefixLoss(contrastive, LogUniform(KS[0]), normalize=True),
+    SUM: lambda: matryoshka,
+    PLAIN: plain_loss,
+}
+
+
+@dataclass
+class Row:
+    """What became of a loss: the rate that was chosen, recalls by k of each seed, cost."""
+
+    rate: float
+    scores: list[list[float]]
+    seconds: float
+    flops: float
+
+
+def trained(
+    loss: Callable[[], Loss], settings: Settings, seeds: list[int], ks: list[int]
+) -> tuple[Row, list[Encoder]]:
+    """A network for each seed. The rate is chosen on other glosses, with the first one."""
+    data, number, n = glosses(), steps(settings), ks[-1]
+    begun = time.process_time()
+    tried = {rate: train(loss(), number, rate, seeds[0], n) for rate in RATES}
+    seconds = (time.process_time() - begun) / len(RATES)
+    rate = max(RATES, key=lambda rate: statistics.fmean(recalls(tried[rate], data.valid, ks)))
+    models = [tried[rate], *(train(loss(), number, rate, seed, n) for seed in seeds[1:])]
+    scores = [recalls(model, data.test, ks) for model in models]
+    return Row(rate, scores, seconds, number * flops(loss(), n)), models
+
+
+def flops(loss: Loss, n: int) -> float:
+    """Of one step; of a few steps where the ks are drawn, and so on average."""
+    torch.manual_seed(0)
+    model, times = Encoder(n), 20
+    batch = torch.arange(BATCH)
+    counts = [count_flops(lambda: step_loss(model, loss, batch).backward()) for _ in range(times)]
+    return statistics.fmean(counts)
+
+
+def measure(settings: Settings, seeds: list[int]) -> Numbers:
+    """Method -> the fields of `Row`."""
+    numbers: Numbers = {}
+    for words, loss in LOSSES.items():
+        row, models = trained(loss, settings, seeds, KS)
+        numbers[words] = vars(row)
+        for control, axes in CONTROLS.items() if words in (PREFIX, PLAIN) else ():
+            scores = [recalls(model, glosses().test, KS, axes) for model in models]
+            numbers[f"{words}, {control}"] = vars(row) | {"scores": scores}
+    each = [trained(plain_loss, settings, seeds, [k])[0] for k in KS[:-1]]
+    whole = numbers[PLAIN]
+    numbers[DEDICATED] = {
+        "rate": None,
+        "scores": [
+            [*(row.scores[i][0] for row in each), whole["scores"][i][-1]] for i in range(len(seeds))
+        ],
+        "seconds": whole["seconds"] + sum(row.seconds for row in each),
+        "flops": whole["flops"] + sum(row.flops for row in each),
+    }
+    return numbers
+
+
+def steps(settings: Settings) -> int:
+    return 5 if settings.quick else 1000
+
+
+DONE = f"""\
+WordNet's glosses and those of their hypernyms: the embedding of "{{gloss}}" should be near to that
+of "{{hypernym}}". {{pairs:,}} pairs to train on; the glosses of {HELD_OUT:,} other synsets to choose the
+learning rate on (of {" and ".join(f"{rate:g}" for rate in RATES)}, with the first seed; for each row by
+itself), and of {HELD_OUT:,} to test on. Printed is recall@{FOUND}: for how many of 100 glosses their
+hypernym is among the {FOUND} nearest, by cosine of the first k features, of all {{hypernyms:,}} synsets
+that are a hypernym of something. Mean ± standard error over the seeds.
+
+The encoder sums the embeddings of a gloss's words ({WORDS:,} words, {EMBEDDING} numbers each); a LayerNorm
+and an MLP with {HIDDEN} hidden features, one for glosses and one for hypernyms, make {N} features of
+the sum. The loss is contrastive: of {BATCH} pairs, which hypernym belongs to which gloss. AdamW, one
+cycle of the learning rate, T = {{steps:,}} steps in each row, so that a network for each k takes
+{len(KS)} T. The losses of several ks cost more per step: see the training FLOPs (those of matrix
+products; the sum of words is none) and the seconds, of one processor, for one training.
+
+`PrefixLoss` draws five ks in each step, of 1 to {N}, or from {KS[0]} on. *Matryoshka* is the mean of the losses at
+{", ".join(map(str, MENU[:-1]))} and {MENU[-1]} in each step; the columns in bold are these. *Plain* is trained at k = {N} alone and
+cut afterwards: to its first k features, to k random ones, or to its first k principal components,
+those of the embeddings that it was trained on."""
+
+
+def text(numbers: Numbers, settings: Settings) -> str:
+    data = glosses()
+    example = next(synset for synset in synsets().values() if synset.hypernyms)
+    done = DONE.format(
+        gloss=example.gloss,
+        hypernym=synsets()[example.hypernyms[0]].gloss,
+        pairs=len(data.train.glosses),
+        hypernyms=len(data.hypernyms.starts),
+        steps=steps(settings),
+    )
+    head = ["", *[f"**k = {k}**" if k in MENU else f"k = {k}" for k in KS]]
+    cells = [
+        [
+            words,
+            *[mean_text(column, 1) for column in zip(*row["scores"], strict=True)],
+            f"{row['rate']:g}" if row["rate"] else "each its own",
+            f"{row['flops'] / 1e12:.2f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for words, row in numbers.items()
+    ]
+    head += ["learning rate", "10¹² FLOPs", "seconds"]
+    return "\n\n".join([done, table(head, cells), shown(numbers)])
+
+
+def shown(numbers: Numbers) -> str:
+    return "TODO"
