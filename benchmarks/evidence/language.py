@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,8 +30,16 @@ BATCH, HELD_OUT = 8, 1024
 RATES = [5e-3, 1e-2]
 RECIPE = Mixed([Full(), Sizes(WIDTHS)], [0.2, 0.8])
 ORDERS: dict[By, int] = {"variance": 1024, "saliency": 1024, "greedy": 16}  # windows of text
-SHARES = [0.4, 0.2]  # of plain steps
 EXAMPLE = torch.zeros(2, CONTEXT, dtype=torch.long)
+
+
+DEDICATED = f"control: a network for each width, T each, {BUDGET} T in all"
+NESTED, FAIR, SHORT = f"nested, {BUDGET} T", "nested, the same FLOPs", "nested, T"
+SCHEDULED = f"plain for 40 %, ordered, then nested, {BUDGET} T"
+PLAIN, TRUNCATED = f"control: plain, {BUDGET} T", "truncated"
+ORDERED = "that, ordered"
+TUNED = f"that, ordered, then nested for {BUDGET} T/10"
+UNORDERED = f"control: that, nested for {BUDGET} T/10 without an order"
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class Chosen:
     order: By
 
     @classmethod
-    def by_training(cls, seed: int, steps: int, count: int | None) -> "Chosen":
+    def by_training(cls, seed: int, steps: int, orders: list[By], count: int | None) -> "Chosen":
         valid = texts()[1]
 
         def mean(model: nn.Module) -> float:
@@ -154,7 +163,7 @@ class Chosen:
 
         found = [rate(partial(plain, seed, width)) for width in WIDTHS]
         whole = nested(found[-1][1])
-        order = min(ORDERS, key=lambda by: mean(ordered(whole, by)))
+        order = min(orders, key=lambda by: mean(ordered(whole, by)))
         nested_rate, _ = rate(lambda: nested(plain(seed)))
         return cls([rate for rate, _ in found], nested_rate, order)
 
@@ -197,54 +206,42 @@ def rows(chosen: Chosen, seed: int, steps: int, count: int | None) -> Iterator[t
             [one.scores[0] for one in each],
         ),
     )
-    for words, number in [(f"{BUDGET} T", budget), ("the same FLOPs", fair), ("T", steps)]:
-        yield (
-            f"nested, {words}",
-            row(lambda: nested(plain(seed)), number, chosen.nested, seed)[0],
-        )
-    for share in SHARES:
-        start = nested(plain(seed))
-        schedule = partial(_schedule, start, budget, share, chosen.order)
-        yield (
-            f"plain for {share:.0%}, ordered, then nested, {BUDGET} T",
-            row(lambda start=start: start, budget, chosen.nested, seed, schedule)[0],  # type: ignore[misc]
-        )
+    for words, number in [(NESTED, budget), (FAIR, fair), (SHORT, steps)]:
+        yield words, row(lambda: nested(plain(seed)), number, chosen.nested, seed)[0]
+    start = nested(plain(seed))
+    schedule = partial(_schedule, start, budget, chosen.order)
+    yield SCHEDULED, row(lambda: start, budget, chosen.nested, seed, schedule)[0]
     found, model = row(partial(plain, seed), budget, plain_rate, seed)
     before = nested(model)
-    names: dict[Features, str] = {"first": "truncated"} | CONTROLS
+    names: dict[Features, str] = {"first": TRUNCATED} | CONTROLS
     for features, words in names.items():
         yield (
-            f"control: plain, {BUDGET} T, {words}",
+            f"{PLAIN}, {words}",
             Row(found.steps, found.flops, found.seconds, scores(before, test, features, count)),
         )
     begun = time.process_time()
     after = ordered(before, chosen.order)
     took = time.process_time() - begun
-    yield "that, ordered", Row(0, 0, took, scores(after, test, count=count))
+    yield ORDERED, Row(0, 0, took, scores(after, test, count=count))
     more = budget // 10
-    for words, model in [
-        (f"that, ordered, then nested for {BUDGET} T/10", after),
-        (f"control: that, nested for {BUDGET} T/10 without an order", before),
-    ]:
+    for words, model in [(TUNED, after), (UNORDERED, before)]:
         yield (
             words,
             row(partial(copy.deepcopy, model), more, plain_rate / 2, seed + 1000)[0],
         )
 
 
-def _schedule(
-    model: nn.Module, steps: int, share: float, by: By, optimizer: Optimizer
-) -> td.Schedule:
+def _schedule(model: nn.Module, steps: int, by: By, optimizer: Optimizer) -> td.Schedule:
+    """With its own share of plain steps."""
     data = texts()[0].windows(ORDERS[by])
-    return td.Schedule(
-        model, steps, plain=share, data=data, loss=bits, by=by, optimizer=optimizer
-    )
+    return td.Schedule(model, steps, data=data, loss=bits, by=by, optimizer=optimizer)
 
 
 def measure(settings: Settings, seeds: list[int]) -> Numbers:
     """What was chosen, and the fields of `Row` for each way of training and seed."""
     count = 64 if settings.quick else None
-    chosen = Chosen.by_training(seeds[0], steps(settings), count)
+    orders: list[By] = ["variance"] if settings.quick else list(ORDERS)
+    chosen = Chosen.by_training(seeds[0], steps(settings), orders, count)
     numbers: Numbers = {"chosen": vars(chosen), "rows": {}}
     for seed in seeds:
         for words, row in rows(chosen, seed, steps(settings), count):
@@ -257,8 +254,82 @@ def steps(settings: Settings) -> int:
     return 5 if settings.quick else 1000
 
 
-DEDICATED = f"control: a network for each width, T each, {BUDGET} T in all"
+DONE = f"""\
+A GPT reads WordNet's glosses byte by byte (in a random order, one in a line; the last {HELD_OUT:,} windows of
+{CONTEXT} bytes are the test, those before are for choosing, {{megabytes:.1f}} MB to train on): {BLOCKS} blocks,
+{STREAM} features in the residual stream, {HEADS} heads of {HEAD}, MLPs with {HIDDEN} hidden features, LayerNorm.
+*Width* is that of the blocks: the share of their heads and of the hidden features of their MLPs, which is
+what `td.nest` finds. The stream keeps its {STREAM} features, since LayerNorm over them can't be narrowed; so
+do embedding and output. A network for a width has exactly the shape that `td.prune` gives at it.
+Printed are bits per byte, over all bytes of a window (the first of them with little context),
+mean ± standard error over the seeds; smaller is better.
+
+T is {{steps:,}} steps of {BATCH} windows, AdamW and one cycle of the learning rate. *Nested* draws a width for
+each window, `lengths=Mixed([Full(), Sizes([1/8, 1/4, 1/2, 1.0])], [0.2, 0.8])`. Its tails are masked, not
+skipped, so a step costs what one of the whole network does. A network for each width is cheaper:
+{BUDGET} T of nested steps are the same number of steps, at {{ratio:.1f}} times the FLOPs; *the same FLOPs* are
+{{fair:.1f}} T. FLOPs are those of matrix products in training, forward and backward (neither measuring nor
+ordering); the seconds are of one processor, in training, for the first seed.
+
+On the text for choosing, with the first seed, in T steps: the learning rates, of {" and ".join(f"{rate:g}" for rate in RATES)}
+({{rates}} for the networks of 1/8 to 1, {{nested}} for nested; training for longer keeps them), and what
+`td.order` goes by, of {", ".join(ORDERS)}: {{order}}. *Plain* is the network of full width without layers.
+Under it stand its first features (*{TRUNCATED}*), and two controls: {" and ".join(CONTROLS.values())}
+(`td.scree` with `features=`; no network to prune to). *Ordered* is `td.order` of it, without training; what is
+nested from there takes a tenth of the steps more, at half of the learning rate. *Plain for 40 %* is
+`td.Schedule` with its default."""
 
 
 def text(numbers: Numbers, settings: Settings) -> str:
+    chosen, found = numbers["chosen"], numbers["rows"]
+    whole = found[NESTED][0]
+    done = DONE.format(
+        megabytes=len(texts()[0].bytes) / 1e6,
+        steps=steps(settings),
+        ratio=whole["flops"] / found[DEDICATED][0]["flops"],
+        fair=found[FAIR][0]["steps"] / steps(settings),
+        rates=", ".join(f"{rate:g}" for rate in chosen["dedicated"]),
+        nested=f"{chosen['nested']:g}",
+        order=chosen["order"],
+    )
+    names = [f"width {name}" for name in ("1/8", "1/4", "1/2", "1")]
+    cells = [
+        [
+            words,
+            *[mean_text(column, 3) for column in _by_width(results)],
+            f"{results[0]['steps']:,}",
+            f"{results[0]['flops'] / 1e12:.2f}",
+            f"{results[0]['seconds']:.0f}",
+        ]
+        for words, results in found.items()
+    ]
+    against = [
+        [words, *[f"{100 * difference:+.1f} %" for difference in _against(found, words, DEDICATED)]]
+        for words in found
+        if words != DEDICATED
+    ]
+    return "\n\n".join(
+        [
+            done,
+            table(["", *names, "steps", "10¹² FLOPs", "seconds"], cells),
+            "The same, against the networks for each width:",
+            table(["", *names], against),
+            shown(found),
+        ]
+    )
+
+
+def _by_width(results: list[Numbers]) -> Iterator[tuple[float, ...]]:
+    return zip(*(result["scores"] for result in results), strict=True)
+
+
+def _against(found: Numbers, words: str, others: str) -> list[float]:
+    """How much larger the bits of a row are than those of others, at each width."""
+    means = [
+        [statistics.fmean(column) for column in _by_width(found[row])] for row in (words, others)
+    ]
+    return [one / other - 1 for one, other in zip(*means, strict=True)]
+
+
+def shown(found: Numbers) -> str:
     return "TODO"

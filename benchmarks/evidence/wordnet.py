@@ -8,7 +8,7 @@ from pathlib import Path
 from taildropout.demo.data import DataError
 
 FOLDER = Path("/usr/share/wordnet")  # where Debian puts the files
-PARTS = ["noun", "verb", "adj", "adv"]
+PARTS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 _LICENCE = "  "  # how its lines begin
 
 
@@ -27,7 +27,11 @@ def synsets(folder: Path = FOLDER) -> dict[str, Synset]:
     Raises:
         DataError: a file is missing.
     """
-    return {key: synset for part in PARTS for key, synset in _read(folder / f"data.{part}")}
+    return {
+        part + offset: synset
+        for part, name in PARTS.items()
+        for offset, synset in _read(folder / f"data.{name}")
+    }
 
 
 def _read(path: Path) -> Iterator[tuple[str, Synset]]:
@@ -39,15 +43,14 @@ def _read(path: Path) -> Iterator[tuple[str, Synset]]:
     with path.open(encoding="ascii") as lines:
         for line in lines:
             if not line.startswith(_LICENCE):
-                yield _parsed(line, path.suffix[1])
+                yield _parsed(line)
 
 
-def _parsed(line: str, part: str) -> tuple[str, Synset]:
+def _parsed(line: str) -> tuple[str, Synset]:
     """As wndb(5WN) has it: the offset in the file, the words, the pointers, ` | `, the gloss."""
     entry, _, gloss = line.partition(" | ")
     fields = entry.split()
-    pointers = fields[4 + 2 * int(fields[3], 16) :]  # two fields for each word, the count in hex
-    kinds, keys = pointers[1::4], [pos + key for key, pos in zip(pointers[2::4], pointers[3::4])]
-    count = int(pointers[0])
-    hypernyms = [key for kind, key in zip(kinds[:count], keys, strict=False) if kind == "@"]
-    return part + fields[0], Synset(gloss.strip(), tuple(hypernyms))
+    first = 4 + 2 * int(fields[3], 16)  # two fields for each word, the count in hex
+    pointers = range(first + 1, first + 1 + 4 * int(fields[first]), 4)
+    hypernyms = [fields[i + 2] + fields[i + 1] for i in pointers if fields[i] == "@"]
+    return fields[0], Synset(gloss.strip(), tuple(hypernyms))
