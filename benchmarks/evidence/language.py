@@ -19,12 +19,13 @@ from taildropout.measuring.cuts import Features
 from taildropout.pruning.importance import By
 
 from .gpt import BLOCKS, CONTEXT, GPT, HEAD, HEADS, HIDDEN, STREAM
-from .report import CONTROLS, Numbers, Settings, count_flops, mean_text, table
+from .report import CONTROLS, Numbers, Settings, count_flops, listed, mean_text, table
 from .wordnet import synsets
 
 TITLE = "A language model: one network for all widths"
 SEEDS = 3
 WIDTHS = [1 / 8, 1 / 4, 1 / 2, 1.0]
+NAMES = ["1/8", "1/4", "1/2", "1"]
 BUDGET = len(WIDTHS)
 BATCH, HELD_OUT = 8, 1024
 RATES = [5e-3, 1e-2]
@@ -246,7 +247,6 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
     for seed in seeds:
         for words, row in rows(chosen, seed, steps(settings), count):
             numbers["rows"].setdefault(words, []).append(vars(row))
-            print(seed, words, row, flush=True)
     return numbers
 
 
@@ -269,7 +269,8 @@ each window, `lengths=Mixed([Full(), Sizes([1/8, 1/4, 1/2, 1.0])], [0.2, 0.8])`.
 skipped, so a step costs what one of the whole network does. A network for each width is cheaper:
 {BUDGET} T of nested steps are the same number of steps, at {{ratio:.1f}} times the FLOPs; *the same FLOPs* are
 {{fair:.1f}} T. FLOPs are those of matrix products in training, forward and backward (neither measuring nor
-ordering); the seconds are of one processor, in training, for the first seed.
+ordering, nor what the rows of *that* network had before); the seconds are of one processor, in training,
+for the first seed.
 
 On the text for choosing, with the first seed, in T steps: the learning rates, of {" and ".join(f"{rate:g}" for rate in RATES)}
 ({{rates}} for the networks of 1/8 to 1, {{nested}} for nested; training for longer keeps them), and what
@@ -292,7 +293,7 @@ def text(numbers: Numbers, settings: Settings) -> str:
         nested=f"{chosen['nested']:g}",
         order=chosen["order"],
     )
-    names = [f"width {name}" for name in ("1/8", "1/4", "1/2", "1")]
+    names = [f"width {name}" for name in NAMES]
     cells = [
         [
             words,
@@ -332,4 +333,32 @@ def _against(found: Numbers, words: str, others: str) -> list[float]:
 
 
 def shown(found: Numbers) -> str:
-    return "TODO"
+    def percent(words: str, other: str) -> str:
+        differences = _against(found, words, other)
+        fewer = [name for name, d in zip(NAMES, differences, strict=True) if d < 0]
+        if len(fewer) in (0, len(NAMES)):
+            where = f"{'fewer' if fewer else 'more'} at every width"
+        else:
+            where = f"fewer at {listed(fewer)}, more elsewhere"
+        return f"{listed(f'{100 * d:+.1f}' for d in differences)} % ({where})"
+
+    own, steps = found[DEDICATED], found[SHORT][0]["steps"]
+    full = [_against(found, words, f"{PLAIN}, {TRUNCATED}")[-1] for words in (NESTED, SCHEDULED)]
+    return f"""Bits per byte at widths {listed(NAMES)} against a network for each width: nested in as many
+steps {percent(NESTED, DEDICATED)}; with as many FLOPs, {percent(FAIR, DEDICATED)}; in T,
+{percent(SHORT, DEDICATED)}.
+
+Full width is not free: against the plain network that has all {BUDGET} T for itself, the nested one needs
+{100 * full[0]:+.1f} % bits there. With 40 % of the steps plain, then ordered, then nested it is {100 * full[1]:+.1f} %, and
+against nested from the start, at the four widths, {percent(SCHEDULED, NESTED)}.
+
+From the trained plain network of {BUDGET} T: its features in order need {percent(ORDERED, f"{PLAIN}, {TRUNCATED}")}
+bits against the first ones, before any training. Nested for a tenth of its steps it has, against a network for
+each width, {percent(TUNED, DEDICATED)}; against the same
+without the order, {percent(TUNED, UNORDERED)}; and against nested from the start in {BUDGET} T,
+{percent(TUNED, NESTED)}. Principal components, which are no features
+to cut, would need {percent(f"{PLAIN}, principal components", ORDERED)} bits against the ordered features.
+
+T steps read {steps * BATCH * CONTEXT / 1e6:.1f} MB: these networks are far from trained out ({own[0]["scores"][-1]:.2f} bits at full width in T,
+{found[f"{PLAIN}, {TRUNCATED}"][0]["scores"][-1]:.2f} in {BUDGET} T, for the first seed), and the table does not say what is left of a gain after
+longer training."""

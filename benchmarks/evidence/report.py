@@ -37,6 +37,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def listed(words: Iterable[object]) -> str:
+    """`a, b and c`."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def median(columns: Iterable[Iterable[float]]) -> list[float]:
     """Of each column: the rows are seeds."""
     return [statistics.median(column) for column in zip(*columns, strict=True)]

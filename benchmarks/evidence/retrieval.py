@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 import taildropout as td
-from taildropout.lengths import Full, LogUniform
+from taildropout.lengths import Full, LogUniform, probability_above
 
-from .report import Numbers, Settings, count_flops, mean_text, table
+from .report import Numbers, Settings, count_flops, listed, mean_text, table
 from .wordnet import synsets
 
 TITLE = "Embeddings of any length: finding hypernyms"
 SEEDS = 3
-MENU = [8, 16, 32, 64]  # the sizes of the Matryoshka loss
+MENU = [8, 16, 32, 64]  # the sizes of the Matryoshka loss, and of networks for one k
 KS = [4, 8, 12, 16, 24, 32, 48, 64]
 N = KS[-1]
 BATCH, HELD_OUT = 512, 2000
@@ -202,7 +202,8 @@ def principal_axes(model: Encoder) -> Tensor:
 
 
 CONTROLS = {"random features": random_features, "principal components": principal_axes}
-PLAIN, DEDICATED = "control: plain", f"control: a network for each k, T each, {len(KS)} T in all"
+PLAIN = "control: plain"
+DEDICATED = f"control: a network for each, T each, {len(MENU)} T in all"
 PREFIX = "`PrefixLoss(loss)`"
 FROM_4 = f"`PrefixLoss(loss, LogUniform({KS[0]}))`"
 SUM = "control: Matryoshka"
@@ -256,13 +257,13 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
         for control, axes in CONTROLS.items() if words in (PREFIX, PLAIN) else ():
             scores = [recalls(model, glosses().test, KS, axes) for model in models]
             numbers[f"{words}, {control}"] = vars(row) | {"scores": scores}
-    each = [trained(plain_loss, settings, seeds, [k])[0] for k in KS[:-1]]
+    each = [trained(plain_loss, settings, seeds, [k])[0] for k in MENU[:-1]]
     whole = numbers[PLAIN]
+    of_k = dict(zip(MENU[:-1], (row.scores for row in each), strict=True))
+    of_k[N] = [scores[-1:] for scores in whole["scores"]]
     numbers[DEDICATED] = {
         "rate": None,
-        "scores": [
-            [*(row.scores[i][0] for row in each), whole["scores"][i][-1]] for i in range(len(seeds))
-        ],
+        "scores": [[of_k[k][i][0] if k in MENU else None for k in KS] for i in range(len(seeds))],
         "seconds": whole["seconds"] + sum(row.seconds for row in each),
         "flops": whole["flops"] + sum(row.flops for row in each),
     }
@@ -308,7 +309,7 @@ def text(numbers: Numbers, settings: Settings) -> str:
     cells = [
         [
             words,
-            *[mean_text(column, 1) for column in zip(*row["scores"], strict=True)],
+            *["" if None in by_seed else mean_text(by_seed, 1) for by_seed in _columns(row)],
             f"{row['rate']:g}" if row["rate"] else "each its own",
             f"{row['flops'] / 1e12:.2f}",
             f"{row['seconds']:.0f}",
@@ -319,5 +320,40 @@ def text(numbers: Numbers, settings: Settings) -> str:
     return "\n\n".join([done, table(head, cells), shown(numbers)])
 
 
+def _columns(row: Numbers) -> list[tuple[float, ...]]:
+    """The scores of all seeds at each k."""
+    return list(zip(*row["scores"], strict=True))
+
+
 def shown(numbers: Numbers) -> str:
-    return "TODO"
+    means = {
+        words: {
+            k: statistics.fmean(by_seed)
+            for k, by_seed in zip(KS, _columns(row), strict=True)
+            if None not in by_seed
+        }
+        for words, row in numbers.items()
+    }
+
+    def points(words: str, other: str, ks: list[int]) -> str:
+        return listed(f"{means[words][k] - means[other][k]:+.1f}" for k in ks)
+
+    off = [k for k in KS if k not in MENU]
+    principal = f"{PLAIN}, principal components"
+    ahead = [k for k in KS if means[principal][k] > means[PREFIX][k]]
+    times = numbers[DEDICATED]["flops"] / numbers[PREFIX]["flops"]
+    below = 1 - probability_above(LogUniform(), N, KS[0] - 1)
+    half = N // 2
+    return f"""Against the networks for each of k = {listed(MENU)}, which take {times:.1f} times the FLOPs of
+`PrefixLoss` together, `PrefixLoss` has {points(PREFIX, DEDICATED, MENU)} points, with ks from {KS[0]} on
+{points(FROM_4, DEDICATED, MENU)}, and Matryoshka's sum {points(SUM, DEDICATED, MENU)}.
+
+Against Matryoshka's sum in as many steps, `PrefixLoss` has {points(PREFIX, SUM, MENU)} points at its sizes,
+and {points(PREFIX, SUM, off)} at k = {listed(off)}, for which it was not trained. With ks from {KS[0]} on it is
+{points(FROM_4, SUM, MENU)}, and {points(FROM_4, SUM, off)}. Log-uniform ks from 1 on spend {100 * below:.0f} % of
+the draws below {KS[0]}: give `lengths` that begin where the embeddings that you want do.
+
+At k = {N} plain training has {points(PLAIN, PREFIX, [N])} points against `PrefixLoss`, and {points(PLAIN, SUM, [N])} against
+Matryoshka's sum. Cut to its principal components, which takes no training, it is better than
+`PrefixLoss` {f"at k = {listed(ahead)}" if ahead else "at no k"}: {points(principal, PREFIX, KS)} points over all ks. Of the {means[PLAIN][N]:.1f} % that it
+finds, its first {half} features find {means[PLAIN][half]:.1f} %, {half} random ones {means[f"{PLAIN}, random features"][half]:.1f} %, and the first {MENU[0]} find {means[PLAIN][MENU[0]]:.1f} %."""
