@@ -203,10 +203,10 @@ def principal_axes(model: Encoder) -> Tensor:
 
 CONTROLS = {"random features": random_features, "principal components": principal_axes}
 PLAIN = "control: plain"
-DEDICATED = f"control: a network for each, T each, {len(MENU)} T in all"
+DEDICATED = f"control: a network for each k in bold, T each, {len(MENU)} T in all"
 PREFIX = "`PrefixLoss(loss)`"
 FROM_4 = f"`PrefixLoss(loss, LogUniform({KS[0]}))`"
-SUM = "control: Matryoshka"
+SUM = "control: Matryoshka's sum"
 LOSSES: dict[str, Callable[[], Loss]] = {
     PREFIX: lambda: td.PrefixLoss(contrastive, normalize=True),
     FROM_4: lambda: td.PrefixLoss(contrastive, LogUniform(KS[0]), normalize=True),
@@ -271,7 +271,7 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
 
 
 def steps(settings: Settings) -> int:
-    return 5 if settings.quick else 1000
+    return 5 if settings.quick else 600
 
 
 DONE = f"""\
@@ -285,12 +285,12 @@ that are a hypernym of something. Mean ± standard error over the seeds.
 The encoder sums the embeddings of a gloss's words ({WORDS:,} words, {EMBEDDING} numbers each); a LayerNorm
 and an MLP with {HIDDEN} hidden features, one for glosses and one for hypernyms, make {N} features of
 the sum. The loss is contrastive: of {BATCH} pairs, which hypernym belongs to which gloss. AdamW, one
-cycle of the learning rate, T = {{steps:,}} steps in each row, so that a network for each k takes
-{len(KS)} T. The losses of several ks cost more per step: see the training FLOPs (those of matrix
+cycle of the learning rate, T = {{steps:,}} steps in each row, so that networks for
+{len(MENU)} ks take {len(MENU)} T. The losses of several ks cost more per step: see the training FLOPs (those of matrix
 products; the sum of words is none) and the seconds, of one processor, for one training.
 
-`PrefixLoss` draws five ks in each step, of 1 to {N}, or from {KS[0]} on. *Matryoshka* is the mean of the losses at
-{", ".join(map(str, MENU[:-1]))} and {MENU[-1]} in each step; the columns in bold are these. *Plain* is trained at k = {N} alone and
+`PrefixLoss` draws five ks in each step, of 1 to {N}, or from {KS[0]} on. *Matryoshka's sum* is the mean of the losses
+at {listed(MENU)} in each step; the columns in bold are these. *Plain* is trained at k = {N} alone and
 cut afterwards: to its first k features, to k random ones, or to its first k principal components,
 those of the embeddings that it was trained on."""
 
