@@ -52,6 +52,9 @@ class Pairs:
     glosses: Tensor
     hypernyms: Tensor
 
+    def first(self, count: int | None) -> "Pairs":
+        return Pairs(self.glosses[:count], self.hypernyms[:count])
+
 
 @dataclass(frozen=True)
 class Data:
@@ -229,13 +232,14 @@ def trained(
     loss: Callable[[], Loss], settings: Settings, seeds: list[int], ks: list[int]
 ) -> tuple[Row, list[Encoder]]:
     """A network for each seed. The rate is chosen on other glosses, with the first one."""
-    data, number, n = glosses(), steps(settings), ks[-1]
+    number, n = steps(settings), ks[-1]
+    valid, test = held_out(settings)
     begun = time.process_time()
     tried = {rate: train(loss(), number, rate, seeds[0], n) for rate in RATES}
     seconds = (time.process_time() - begun) / len(RATES)
-    rate = max(RATES, key=lambda rate: statistics.fmean(recalls(tried[rate], data.valid, ks)))
+    rate = max(RATES, key=lambda rate: statistics.fmean(recalls(tried[rate], valid, ks)))
     models = [tried[rate], *(train(loss(), number, rate, seed, n) for seed in seeds[1:])]
-    scores = [recalls(model, data.test, ks) for model in models]
+    scores = [recalls(model, test, ks) for model in models]
     return Row(rate, scores, seconds, number * flops(loss(), n)), models
 
 
@@ -251,11 +255,12 @@ def flops(loss: Loss, n: int) -> float:
 def measure(settings: Settings, seeds: list[int]) -> Numbers:
     """Method -> the fields of `Row`."""
     numbers: Numbers = {}
+    _, test = held_out(settings)
     for words, loss in LOSSES.items():
         row, models = trained(loss, settings, seeds, KS)
         numbers[words] = vars(row)
         for control, axes in CONTROLS.items() if words in (PREFIX, PLAIN) else ():
-            scores = [recalls(model, glosses().test, KS, axes) for model in models]
+            scores = [recalls(model, test, KS, axes) for model in models]
             numbers[f"{words}, {control}"] = vars(row) | {"scores": scores}
     each = [trained(plain_loss, settings, seeds, [k])[0] for k in MENU[:-1]]
     whole = numbers[PLAIN]
@@ -268,6 +273,12 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
         "flops": whole["flops"] + sum(row.flops for row in each),
     }
     return numbers
+
+
+def held_out(settings: Settings) -> list[Pairs]:
+    """To choose on, and to test on."""
+    count = 200 if settings.quick else None
+    return [pairs.first(count) for pairs in (glosses().valid, glosses().test)]
 
 
 def steps(settings: Settings) -> int:
