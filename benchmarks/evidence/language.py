@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -138,7 +138,8 @@ def ordered(model: nn.Module, by: By) -> nn.Module:
 def flops(model: nn.Module) -> int:
     """Of one step of training."""
     tokens = EXAMPLE[:1].expand(BATCH, -1)
-    return count_flops(lambda: bits(model.train()(tokens), tokens).mean().backward())
+    model = copy.deepcopy(model).train()
+    return count_flops(lambda: bits(model(tokens), tokens).mean().backward())
 
 
 @dataclass(frozen=True)
@@ -179,57 +180,68 @@ class Row:
     scores: list[float]
 
 
-def rows(chosen: Chosen, seed: int, steps: int, count: int | None) -> Iterator[tuple[str, Row]]:
-    """Each way of training once."""
-    test = texts()[2]
-    of_step = {width: flops(plain(0, width)) for width in WIDTHS}
-    whole = of_step[1.0]
-    budget = BUDGET * steps
-    plain_rate = chosen.dedicated[-1]
-    fair = round(sum(of_step.values()) / whole * steps)
+@dataclass(frozen=True)
+class Runs:
+    """Each way of training once; `count` windows are looked at."""
 
-    def row(start: Callable[[], nn.Module], steps: int, *args: object) -> tuple[Row, nn.Module]:
+    chosen: Chosen
+    seed: int
+    steps: int
+    count: int | None
+
+    def all(self) -> Iterator[tuple[str, Row]]:
+        budget, rate = BUDGET * self.steps, self.chosen.nested
+        each = self.dedicated()
+        yield DEDICATED, each
+        fair = round(each.flops / flops(plain(0)))
+        for words, steps in [(NESTED, budget), (FAIR, fair), (SHORT, self.steps)]:
+            yield words, self.trained(nested(plain(self.seed)), steps, rate)
+        model = nested(plain(self.seed))
+        schedule = partial(_schedule, model, budget, self.chosen.order)
+        yield SCHEDULED, self.trained(model, budget, rate, schedule=schedule)
+        yield from self.from_plain(budget)
+
+    def dedicated(self) -> Row:
+        rows = [
+            self.trained(plain(self.seed, width), self.steps, rate)
+            for width, rate in zip(WIDTHS, self.chosen.dedicated, strict=True)
+        ]
+        return Row(
+            sum(row.steps for row in rows),
+            sum(row.flops for row in rows),
+            sum(row.seconds for row in rows),
+            [row.scores[0] for row in rows],
+        )
+
+    def from_plain(self, budget: int) -> Iterator[tuple[str, Row]]:
+        model, rate = plain(self.seed), self.chosen.dedicated[-1]
+        row = self.trained(model, budget, rate)
+        nested(model)
+        shown: dict[Features, str] = {"first": TRUNCATED} | CONTROLS
+        for features, words in shown.items():
+            yield f"{PLAIN}, {words}", replace(row, scores=self.scores(model, features))
         begun = time.process_time()
-        model = train(start(), steps, *args)  # type: ignore[arg-type]
-        seconds = time.process_time() - begun
-        return Row(steps, steps * whole, seconds, scores(model, test, count=count)), model
+        in_order = ordered(model, self.chosen.order)
+        yield ORDERED, Row(0, 0, time.process_time() - begun, self.scores(in_order))
+        for words, start in [(TUNED, in_order), (UNORDERED, copy.deepcopy(model))]:
+            yield words, self.trained(start, budget // 10, rate / 2, later=1000)
 
-    each = [
-        row(partial(plain, seed, width), steps, rate, seed)[0]
-        for width, rate in zip(WIDTHS, chosen.dedicated, strict=True)
-    ]
-    yield (
-        DEDICATED,
-        Row(
-            budget,
-            sum(of_step.values()) * steps,
-            sum(one.seconds for one in each),
-            [one.scores[0] for one in each],
-        ),
-    )
-    for words, number in [(NESTED, budget), (FAIR, fair), (SHORT, steps)]:
-        yield words, row(lambda: nested(plain(seed)), number, chosen.nested, seed)[0]
-    start = nested(plain(seed))
-    schedule = partial(_schedule, start, budget, chosen.order)
-    yield SCHEDULED, row(lambda: start, budget, chosen.nested, seed, schedule)[0]
-    found, model = row(partial(plain, seed), budget, plain_rate, seed)
-    before = nested(model)
-    names: dict[Features, str] = {"first": TRUNCATED} | CONTROLS
-    for features, words in names.items():
-        yield (
-            f"{PLAIN}, {words}",
-            Row(found.steps, found.flops, found.seconds, scores(before, test, features, count)),
-        )
-    begun = time.process_time()
-    after = ordered(before, chosen.order)
-    took = time.process_time() - begun
-    yield ORDERED, Row(0, 0, took, scores(after, test, count=count))
-    more = budget // 10
-    for words, model in [(TUNED, after), (UNORDERED, before)]:
-        yield (
-            words,
-            row(partial(copy.deepcopy, model), more, plain_rate / 2, seed + 1000)[0],
-        )
+    def trained(
+        self,
+        model: nn.Module,
+        steps: int,
+        rate: float,
+        schedule: Callable[[Optimizer], td.Schedule] | None = None,
+        later: int = 0,
+    ) -> Row:
+        """The model is changed; `later` is added to the seed, for other windows."""
+        cost = steps * flops(model)
+        begun = time.process_time()
+        train(model, steps, rate, self.seed + later, schedule)
+        return Row(steps, cost, time.process_time() - begun, self.scores(model))
+
+    def scores(self, model: nn.Module, features: Features = "first") -> list[float]:
+        return scores(model, texts()[2], features, self.count)
 
 
 def _schedule(model: nn.Module, steps: int, by: By, optimizer: Optimizer) -> td.Schedule:
@@ -245,7 +257,7 @@ def measure(settings: Settings, seeds: list[int]) -> Numbers:
     chosen = Chosen.by_training(seeds[0], steps(settings), orders, count)
     numbers: Numbers = {"chosen": vars(chosen), "rows": {}}
     for seed in seeds:
-        for words, row in rows(chosen, seed, steps(settings), count):
+        for words, row in Runs(chosen, seed, steps(settings), count).all():
             numbers["rows"].setdefault(words, []).append(vars(row))
     return numbers
 
