@@ -282,7 +282,7 @@ def held_out(settings: Settings) -> list[Pairs]:
 
 
 def steps(settings: Settings) -> int:
-    return 5 if settings.quick else 1000
+    return 5 if settings.quick else 600
 
 
 DONE = f"""\
