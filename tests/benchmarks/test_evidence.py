@@ -232,7 +232,8 @@ def test_some_bags_have_the_words_of_their_texts():
 def test_the_same_answer_of_another_pair_counts_as_no_other():
     queries, answers = torch.randn(2, 3, 4)
     answers[2] = answers[0]
-    loss = retrieval.contrastive(queries, answers, torch.tensor([1, 2, 1]))
+    alike = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]]).bool()
+    loss = retrieval.contrastive(queries, answers, alike)
     logits = retrieval.SCALE * queries @ answers.T
     others = [
         ([0, 1], 0),
