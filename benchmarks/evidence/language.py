@@ -19,7 +19,7 @@ from taildropout.measuring.cuts import Features
 from taildropout.pruning.importance import By
 
 from .gpt import BLOCKS, CONTEXT, GPT, HEAD, HEADS, HIDDEN, STREAM
-from .report import CONTROLS, Numbers, Settings, count_flops, listed, mean_text, table
+from .report import CONTROLS, Numbers, Settings, count_flops, listed, mean_text, table, wrapped
 from .wordnet import synsets
 
 TITLE = "A language model: one network for all widths"
@@ -267,9 +267,9 @@ def steps(settings: Settings) -> int:
 
 
 DONE = f"""\
-A GPT reads WordNet's glosses byte by byte (in a random order, one in a line; the last {HELD_OUT:,} windows of
-{CONTEXT} bytes are the test, those before are for choosing, {{megabytes:.1f}} MB to train on): {BLOCKS} blocks,
-{STREAM} features in the residual stream, {HEADS} heads of {HEAD}, MLPs with {HIDDEN} hidden features, LayerNorm.
+A small GPT reads WordNet's glosses byte by byte, in a random order, one in a line: {{megabytes:.1f}} MB to train on, then {HELD_OUT:,} windows of {CONTEXT} bytes to
+choose on, and {HELD_OUT:,} to test on. It has {BLOCKS} blocks, {STREAM} features in the residual stream, {HEADS} heads
+of {HEAD}, MLPs with {HIDDEN} hidden features, and LayerNorm.
 *Width* is that of the blocks: the share of their heads and of the hidden features of their MLPs, which is
 what `td.nest` finds. The stream keeps its {STREAM} features, since LayerNorm over them can't be narrowed; so
 do embedding and output. A network for a width has exactly the shape that `td.prune` gives at it.
@@ -285,7 +285,7 @@ ordering, nor what the rows of *that* network had before); the seconds are of on
 for the first seed.
 
 On the text for choosing, with the first seed, in T steps: the learning rates, of {" and ".join(f"{rate:g}" for rate in RATES)}
-({{rates}} for the networks of 1/8 to 1, {{nested}} for nested; training for longer keeps them), and what
+({{rates}} for the networks of 1/8 to 1, {{nested}} for nested; longer trainings have the same), and what
 `td.order` goes by, of {", ".join(ORDERS)}: {{order}}. *Plain* is the network of full width without layers.
 Under it stand its first features (*{TRUNCATED}*), and two controls: {" and ".join(CONTROLS.values())}
 (`td.scree` with `features=`; no network to prune to). *Ordered* is `td.order` of it, without training; what is
@@ -323,11 +323,11 @@ def text(numbers: Numbers, settings: Settings) -> str:
     ]
     return "\n\n".join(
         [
-            done,
+            wrapped(done),
             table(["", *names, "steps", "10¹² FLOPs", "seconds"], cells),
             "The same, against the networks for each width:",
             table(["", *names], against),
-            shown(found),
+            wrapped(shown(found)),
         ]
     )
 
@@ -345,32 +345,42 @@ def _against(found: Numbers, words: str, others: str) -> list[float]:
 
 
 def shown(found: Numbers) -> str:
-    def percent(words: str, other: str) -> str:
-        differences = _against(found, words, other)
-        fewer = [name for name, d in zip(NAMES, differences, strict=True) if d < 0]
-        if len(fewer) in (0, len(NAMES)):
-            where = f"{'fewer' if fewer else 'more'} at every width"
-        else:
-            where = f"fewer at {listed(fewer)}, more elsewhere"
-        return f"{listed(f'{100 * d:+.1f}' for d in differences)} % ({where})"
+    def percent(words: str, other: str, widths: int = len(WIDTHS)) -> str:
+        differences = _against(found, words, other)[:widths]
+        return f"{listed(f'{100 * d:+.1f}' for d in differences)} %"
 
-    own, steps = found[DEDICATED], found[SHORT][0]["steps"]
-    full = [_against(found, words, f"{PLAIN}, {TRUNCATED}")[-1] for words in (NESTED, SCHEDULED)]
-    return f"""Bits per byte at widths {listed(NAMES)} against a network for each width: nested in as many
-steps {percent(NESTED, DEDICATED)}; with as many FLOPs, {percent(FAIR, DEDICATED)}; in T,
-{percent(SHORT, DEDICATED)}.
+    def better(words: str, other: str) -> str:
+        pairs = zip(NAMES, _against(found, words, other), strict=True)
+        names = [name for name, difference in pairs if difference < 0]
+        if len(names) in (0, len(NAMES)):
+            return f"{'better' if names else 'worse'} at every width"
+        return f"better at {listed(names)} and worse elsewhere"
 
-Full width is not free: against the plain network that has all {BUDGET} T for itself, the nested one needs
-{100 * full[0]:+.1f} % bits there. With 40 % of the steps plain, then ordered, then nested it is {100 * full[1]:+.1f} %, and
-against nested from the start, at the four widths, {percent(SCHEDULED, NESTED)}.
+    whole = f"{PLAIN}, {TRUNCATED}"
+    full = {words: 100 * _against(found, words, whole)[-1] for words in (NESTED, SCHEDULED, TUNED)}
+    read = found[SHORT][0]["steps"] * BATCH * CONTEXT / 1e6
+    return f"""Changes are in per cent of the bits per byte, at widths {listed(NAMES)}; less is better.
+Against a network for each width, one for all of them has {percent(NESTED, DEDICATED)} in as many steps
+({better(NESTED, DEDICATED)}), {percent(FAIR, DEDICATED)} with as many FLOPs ({better(FAIR, DEDICATED)}), and
+{percent(SHORT, DEDICATED)} in T, a quarter of the steps ({better(SHORT, DEDICATED)}).
 
-From the trained plain network of {BUDGET} T: its features in order need {percent(ORDERED, f"{PLAIN}, {TRUNCATED}")}
-bits against the first ones, before any training. Nested for a tenth of its steps it has, against a network for
-each width, {percent(TUNED, DEDICATED)}; against the same
-without the order, {percent(TUNED, UNORDERED)}; and against nested from the start in {BUDGET} T,
-{percent(TUNED, NESTED)}. Principal components, which are no features
-to cut, would need {percent(f"{PLAIN}, principal components", ORDERED)} bits against the ordered features.
+Full width is not free. Against the plain network that has all {BUDGET} T for it, nested from the start has
+{full[NESTED]:+.1f} % there, and with a plain start {full[SCHEDULED]:+.1f} %. Which of the two depends on the width: the plain start
+has {percent(SCHEDULED, NESTED)} against nested from the start in as many steps ({better(SCHEDULED, NESTED)}).
 
-T steps read {steps * BATCH * CONTEXT / 1e6:.1f} MB: these networks are far from trained out ({own[0]["scores"][-1]:.2f} bits at full width in T,
-{found[f"{PLAIN}, {TRUNCATED}"][0]["scores"][-1]:.2f} in {BUDGET} T, for the first seed), and the table does not say what is left of a gain after
-longer training."""
+From the trained plain network of {BUDGET} T: with its features in order, before any training, the widths
+below 1 have {percent(ORDERED, whole, -1)} against its first features. A tenth of its steps more, nested, and it has
+{percent(TUNED, DEDICATED)} against a network for each width ({better(TUNED, DEDICATED)}), in {1 + 1 / 10:.1f} times the
+steps of all of them; {percent(TUNED, NESTED)} against nested from the start in {BUDGET} T ({better(TUNED, NESTED)}); and
+{percent(TUNED, UNORDERED)} against the same without an order ({better(TUNED, UNORDERED)}). Full width pays
+{full[TUNED]:.1f} %. Principal components of its features have {percent(f"{PLAIN}, principal components", ORDERED, -1)} against the
+ordered features at the widths below 1, but leave nothing to cut: features behind an elementwise function can be permuted,
+not turned.
+
+T steps read {read:.1f} MB and {BUDGET} T {BUDGET * read:.1f} MB, which is far from trained out: at full width a plain
+network has {_full(found, DEDICATED):.2f} bits after T and {_full(found, whole):.2f} after {BUDGET} T. What is left of a gain after
+longer training this table does not say."""
+
+
+def _full(found: Numbers, words: str) -> float:
+    return statistics.fmean(result["scores"][-1] for result in found[words])

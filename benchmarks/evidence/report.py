@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,12 @@ def listed(words: Iterable[object]) -> str:
     """`a, b and c`."""
     *first, last = map(str, words)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def wrapped(text: str) -> str:
+    """Each paragraph in lines of at most 100 characters, as the page has it."""
+    paragraphs = (textwrap.fill(part, 100, break_on_hyphens=False) for part in text.split("\n\n"))
+    return "\n\n".join(paragraphs)
 
 
 def median(columns: Iterable[Iterable[float]]) -> list[float]:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 import taildropout as td
 from taildropout.lengths import Full, LogUniform, probability_above
 
-from .report import Numbers, Settings, count_flops, listed, mean_text, table
+from .report import Numbers, Settings, count_flops, listed, mean_text, table, wrapped
 from .wordnet import synsets
 
 TITLE = "Embeddings of any length: finding hypernyms"
@@ -328,7 +328,7 @@ def text(numbers: Numbers, settings: Settings) -> str:
         for words, row in numbers.items()
     ]
     head += ["learning rate", "10¹² FLOPs", "seconds"]
-    return "\n\n".join([done, table(head, cells), shown(numbers)])
+    return "\n\n".join([wrapped(done), table(head, cells), wrapped(shown(numbers))])
 
 
 def _columns(row: Numbers) -> list[tuple[float, ...]]:
