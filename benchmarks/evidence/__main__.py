@@ -20,7 +20,20 @@ import torch
 from taildropout.shipping.files import written_whole
 
 from ..timing import machine, write_json
-from . import convnet, deep, hermite, longer, pca, regression, small, stratified, trained, widths
+from . import (
+    convnet,
+    deep,
+    hermite,
+    language,
+    longer,
+    pca,
+    regression,
+    retrieval,
+    small,
+    stratified,
+    trained,
+    widths,
+)
 from .report import Numbers, Settings
 
 TABLES: dict[str, ModuleType] = {
@@ -32,6 +45,8 @@ TABLES: dict[str, ModuleType] = {
     "trained": trained,
     "longer": longer,
     "convnet": convnet,
+    "language": language,
+    "retrieval": retrieval,
     "small": small,
     "stratified": stratified,
 }

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def listed(words: Iterable[object]) -> str:
+    """`a, b and c`."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def wrapped(text: str) -> str:
+    """Each paragraph in lines of at most 100 characters, as the page has it."""
+    paragraphs = (textwrap.fill(part, 100, break_on_hyphens=False) for part in text.split("\n\n"))
+    return "\n\n".join(paragraphs)
 
 
 def median(columns: Iterable[Iterable[float]]) -> list[float]:
@@ -75,11 +88,7 @@ def verdict(names: Sequence[str], gains: Columns) -> str:
         mean, error = statistics.fmean(column), standard_error(column)
         clear = abs(mean) > 2 * (0 if math.isnan(error) else error)
         found["about the same" if not clear else "better" if mean > 0 else "worse"].append(name)
-    return ", ".join(f"{word} at {_listed(where)}" for word, where in found.items() if where)
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return ", ".join(f"{word} at {listed(where)}" for word, where in found.items() if where)
 
 
 def power(value: float) -> str:

@@ -7,9 +7,20 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import convnet, hermite, linear, pca, regression
+from benchmarks.evidence import (
+    convnet,
+    gpt,
+    hermite,
+    language,
+    linear,
+    pca,
+    regression,
+    retrieval,
+    wordnet,
+)
 from benchmarks.evidence.report import Settings, count_flops
 from taildropout import TailDropout, nest, prune
+from taildropout.demo.data import DataError
 from taildropout.lengths import Uniform
 
 pytestmark = pytest.mark.slow
@@ -164,3 +175,129 @@ def test_the_networks_of_each_width_have_the_shapes_that_prune_gives(build):
         assert {name: value.shape for name, value in small.items()} == {
             name: value.shape for name, value in own.items()
         }
+
+
+ENTRIES = """\
+  1 This software and database is being provided
+00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | what exists
+00001930 18 n 0a a 0 b 0 c 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 003 @ 00001740 n 0000 @i 00000009 n 0000 + 1 v 0102 | ten words; "a | b"
+"""
+
+
+def test_glosses_and_hypernyms_are_read_as_the_format_says(tmp_path):
+    """With ten words, 0a in hex, a licence, and a pointer to a hypernym of an instance, `@i`."""
+    for name in wordnet.PARTS.values():
+        (tmp_path / f"data.{name}").write_text(ENTRIES if name == "noun" else "")
+    assert wordnet.synsets(tmp_path) == {
+        "n00001740": wordnet.Synset("what exists", ()),
+        "n00001930": wordnet.Synset('ten words; "a | b"', ("n00001740",)),
+    }
+
+
+def test_missing_glosses_name_the_package(tmp_path):
+    with pytest.raises(DataError, match=r"data\.noun is missing.*apt-get install wordnet-base"):
+        wordnet.synsets(tmp_path)
+
+
+with_wordnet = pytest.mark.skipif(
+    not wordnet.FOLDER.is_dir(), reason="WordNet is not here: apt-get install wordnet-base"
+)
+
+
+@with_wordnet
+def test_there_are_as_many_synsets_as_wordnet_says():
+    """wnstats(7WN) of WordNet 3.0."""
+    parts = [key[0] for key in wordnet.synsets()]
+    assert {part: parts.count(part) for part in "nvar"} == {
+        "n": 82115,
+        "v": 13767,
+        "a": 18156,
+        "r": 3621,
+    }
+
+
+@pytest.mark.parametrize("width", language.WIDTHS)
+def test_a_network_for_a_width_has_the_shape_of_the_pruned_one(width):
+    model = gpt.GPT()
+    nest(model, language.EXAMPLE)
+    pruned = prune(model, width, language.EXAMPLE)
+    shapes = {name: value.shape for name, value in gpt.GPT(width).state_dict().items()}
+    assert {name: value.shape for name, value in pruned.state_dict().items()} == shapes
+
+
+def test_a_gpt_does_not_see_what_comes():
+    torch.manual_seed(0)
+    model, text = gpt.GPT(), torch.randint(gpt.SYMBOLS, (2, gpt.CONTEXT))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    changed = text.clone()
+    changed[:, 10:] = 0
+    now, then = model(text), model(changed)
+    torch.testing.assert_close(now[:, :10], then[:, :10])
+    assert (now[:, 10] != then[:, 10]).any()
+
+
+def test_flops_of_a_linear_layer_are_two_for_each_product_of_each_of_three_matrices():
+    layer, x = nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
+    assert count_flops(lambda: layer(x).sum().backward()) == 3 * 2 * 3 * 5 * 7
+
+
+def test_some_bags_have_the_words_of_their_texts():
+    bags = retrieval.Bags(torch.tensor([5, 6, 7, 8]), torch.tensor([0, 2, 2, 3]))  # 56, none, 7, 8
+    some = bags.of(torch.tensor([3, 0, 1, 0]))
+    assert some.words.tolist() == [8, 5, 6, 5, 6]
+    assert some.starts.tolist() == [0, 1, 3, 3]
+
+
+def test_the_same_answer_of_another_pair_counts_as_no_other():
+    queries, answers = torch.randn(2, 3, 4)
+    answers[2] = answers[0]
+    alike = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]]).bool()
+    loss = retrieval.contrastive(queries, answers, alike)
+    logits = retrieval.SCALE * queries @ answers.T
+    others = [
+        ([0, 1], 0),
+        ([0, 1, 2], 1),
+        ([1, 2], 1),
+    ]  # the columns of each query, and which is right
+    expected = [
+        nn.functional.cross_entropy(row[columns], torch.tensor(right))
+        for row, (columns, right) in zip(logits, others, strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_recall_is_that_of_sorted_cosines(monkeypatch):
+    torch.manual_seed(0)
+    queries, answers = torch.randn(30, 6), torch.randn(200, 6)
+
+    class Known:
+        def queries(self, numbers):
+            return queries[numbers]
+
+        def answers(self, numbers):
+            return answers
+
+    class All:
+        def of(self, numbers):
+            return numbers
+
+    pairs = retrieval.Pairs(torch.arange(30), torch.randint(200, (30,)))
+    data = retrieval.Data(All(), None, pairs, pairs, pairs)
+    monkeypatch.setattr(retrieval, "glosses", lambda: data)
+    for k in (2, 6):
+        cosines = nn.functional.cosine_similarity(queries[:, None, :k], answers[None, :, :k], dim=2)
+        nearest = cosines.argsort(1, descending=True)[:, : retrieval.FOUND]
+        found = [pairs.hypernyms[i] in nearest[i] for i in range(30)]
+        assert retrieval.recalls(Known(), pairs, [k]) == [pytest.approx(100 * np.mean(found))]
+        assert 0 < sum(found) < 30
+
+
+@with_wordnet
+@pytest.mark.parametrize("table", [language, retrieval])
+def test_the_tables_of_glosses_print_their_controls(table):
+    text = table.text(table.measure(Settings(quick=True), [0]), Settings(quick=True))
+    rows = [line for line in text.splitlines() if line.startswith("| control: ")]
+    assert any("random features" in row for row in rows)
+    assert any("principal components" in row for row in rows)
+    assert table.DEDICATED in text
