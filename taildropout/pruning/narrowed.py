@@ -228,7 +228,7 @@ def _parts(model: nn.Module, plan: PrunePlan) -> dict[str, Part]:
     for name in keeps | rescales:
         keep = keeps.get(name, {})
         ranges = tuple(
-            tuple(_ranges(keep[dim])) if dim in keep else ((0, size),)
+            (tuple(_ranges(keep[dim])) or ((0, 0),)) if dim in keep else ((0, size),)
             for dim, size in enumerate(tensors[name].shape)
         )
         if math.prod(map(len, ranges)) > _MOST_SLICES:

@@ -34,7 +34,7 @@ NAMES = [
 ]
 
 
-def nested(*, sizes=(10, 32, 24, 5), lengths=None):
+def nested(*, sizes=(10, 32, 24, 16, 5), lengths=None):
     torch.manual_seed(0)
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.GELU())]
     model = nn.Sequential(*layers[:-1]).double()
@@ -113,6 +113,15 @@ def test_layers_of_their_own_kinds():
         for width in (0.1, 0.5, 1.0):
             with td.at_width(elastic.eval(), width):
                 assert_close(elastic(rows(3, 6).fill_(1)), model(rows(3, 6).fill_(1)))
+
+
+def test_every_layer_may_have_its_own_k_and_none():
+    elastic = Elastic(nested(), rows(2), groups=2).eval()
+    x = rows(4)
+    first, second, third = td.tail_dropouts(elastic)
+    for ks in ({first: 0}, {first: 3, third: 1.0}, {first: 5, second: 0.1, third: 2}):
+        with td.at_width(elastic, ks):
+            assert_close(elastic(x), elastic.model(x))
 
 
 def test_with_widths_each_sample_is_computed_at_exactly_one():
