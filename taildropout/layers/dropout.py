@@ -237,7 +237,8 @@ class TailDropout(nn.Module):
         samples = [input.shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
         n = input.shape[dim]
-        k = as_in_first_process(draw.by_sample(inverse_cdf(self.lengths_for(n), n, draw)), input)
+        lengths = self._in_groups(self._lengths_for_call(), n)
+        k = as_in_first_process(draw.by_sample(inverse_cdf(lengths, n, draw)), input)
         k = k if len(samples) == 1 else k.view(samples)
         self.keep_drawn(k)
         return spread(k, input, batch_dims)
@@ -268,8 +269,10 @@ class TailDropout(nn.Module):
 
     def lengths_for(self, n: int) -> Lengths:
         """The distribution of k of n features."""
+        return self._in_groups(self._exponential if self.lengths is None else self.lengths, n)
+
+    def _in_groups(self, lengths: Lengths, n: int) -> Lengths:
         check_groups(n, self.multiple_of)
-        lengths = self._lengths_for_call()
         return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
 
     def _forward_nested(self, input: Tensor) -> Tensor:
