@@ -69,6 +69,8 @@ class TailMLP(HoldsDropout, nn.Module):
         ['gate.weight', 'up.weight', 'down.weight']
     """
 
+    activation: Callable[[Tensor], Tensor]
+
     def __init__(
         self,
         in_features: int,
@@ -89,7 +91,7 @@ class TailMLP(HoldsDropout, nn.Module):
         if blocks is not None and blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {blocks}")
         out_features = in_features if out_features is None else out_features
-        *into, out = _GATED if gated else _PLAIN
+        *into, out = _linears(gated)
         linears = {n: nn.Linear(in_features, hidden_features, bias, device, dtype) for n in into}
         linears[out] = nn.Linear(hidden_features, out_features, bias, device, dtype)
         activation = activation() if isinstance(activation, type) else activation
@@ -144,11 +146,11 @@ class TailMLP(HoldsDropout, nn.Module):
         children: dict[str, Any] = dict(module.named_children())
         if dropout is None:
             dropout = children.get("dropout", TailDropout())
-        linears: dict[str, Any] = {name: children.get(f"{name}_proj") for name in _GATED}
+        linears: dict[str, Any] = {n: children.get(f"{n}_proj") for n in _linears(gated=True)}
         activation: Any = getattr(module, "act_fn", None)
         fits = all(isinstance(one, nn.Linear) for one in linears.values()) and callable(activation)
         others = children.keys() - {"gate_proj", "act_fn", "up_proj", "dropout", "down_proj"}
-        if not (fits and isinstance(dropout, TailDropout)) or others:
+        if not (fits and isinstance(children.get("dropout", dropout), TailDropout)) or others:
             raise ValueError(
                 "from_gated needs a module with the Linears gate_proj, up_proj and down_proj, and "
                 "act_fn, as Llama's MLP has them (one Linear for both, as Phi-3's gate_up_proj, must "
@@ -192,11 +194,10 @@ class TailMLP(HoldsDropout, nn.Module):
         blocks: int | None,
     ) -> None:
         _check_elementwise(activation)
-        *into, out = linears
-        for name in into:
-            setattr(self, name, linears[name])
-        self.activation, self.dropout, self.blocks = activation, dropout, blocks
-        setattr(self, out, linears[out])
+        modules = {**linears, "activation": activation, "dropout": dropout}
+        for name in _GATED if "gate" in linears else _PLAIN:
+            setattr(self, name, modules[name])
+        self.blocks = blocks
 
     def to_sequential(self) -> nn.Sequential:
         """`nn.Sequential(fc1, activation, dropout, fc2)` of the same modules.
@@ -237,13 +238,12 @@ class TailMLP(HoldsDropout, nn.Module):
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
         """`fc1` and `fc2`, or `gate`, `up` and `down`."""
-        return tuple([getattr(self, name) for name in (_GATED if self.gated else _PLAIN)])
+        return tuple([getattr(self, name) for name in _linears(self.gated)])
 
     @property
     def in_turn(self) -> dict[str, Any]:
         """The modules by name, as they are called one after another."""
-        first, *up, out = _GATED if self.gated else _PLAIN
-        return {name: getattr(self, name) for name in (first, "activation", *up, "dropout", out)}
+        return {name: getattr(self, name) for name in (_GATED if self.gated else _PLAIN)}
 
     def forward(self, input: Tensor) -> Tensor:
         *into, out = self.linears
@@ -286,8 +286,12 @@ class TailMLP(HoldsDropout, nn.Module):
         return "" if self.blocks is None else f"blocks={self.blocks}"
 
 
-_PLAIN = "fc1", "fc2"
-_GATED = "gate", "up", "down"
+_PLAIN = "fc1", "activation", "dropout", "fc2"
+_GATED = "gate", "activation", "up", "dropout", "down"
+
+
+def _linears(gated: bool) -> tuple[str, ...]:
+    return ("gate", "up", "down") if gated else ("fc1", "fc2")
 
 
 def gated_module(modules: dict[str, Any]) -> fx.GraphModule:
