@@ -260,7 +260,7 @@ class TailDropout(nn.Module):
     def keep_drawn(self, k: Tensor) -> None:
         """As `drawn_k`; not in compiled code, where a checkpoint allows no writing."""
         if not torch.compiler.is_compiling() and not in_backward():
-            self.drawn_k = k
+            object.__setattr__(self, "drawn_k", k)  # it can't be a parameter: a third of the time
 
     def check_recomputed(self) -> None:
         """Raise if a checkpoint computes a call again after the k that is set has changed."""
