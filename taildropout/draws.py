@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .lengths import Exponential, Full, Lengths, LogUniform, Uniform, probability_above
 
@@ -99,9 +99,9 @@ def draw_uniforms(
     u = torch.rand(count, dtype=torch.float64, device=place, **options)
     if not stratified:
         return Draw(u, None, device)
-    strata = _cached_strata if count <= _FEW and is_plain(u) else _strata
-    first, step = strata(count, place)
-    u = u.add_(first).div_(step)
+    strata = _cached_strata if is_plain(u) and count <= _FEW else _strata
+    # Never above its stratum's end, whatever the rounding: so the uniforms are in order.
+    u = torch.lerp(*strata(count, place), u)
     return Draw(u, torch.randperm(count, device=device, **options), device)
 
 
@@ -113,23 +113,22 @@ def _place(device: torch.device) -> torch.device:
 _FEW = 2**12
 
 
-def _strata(count: int, device: torch.device) -> tuple[Tensor, Tensor | int]:
-    return torch.arange(count, dtype=torch.float64, device=device), max(count, 1)
+def _strata(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each of so many equal parts of [0, 1] begins and ends."""
+    edges = torch.arange(count + 1, dtype=torch.float64, device=device) / max(count, 1)
+    return edges[:-1], edges[1:]
 
 
-@lru_cache(maxsize=32)
-def _cached_strata(count: int, device: torch.device) -> tuple[Tensor, Tensor | int]:
-    first, step = _strata(count, device)
-    return first, torch.tensor(step, dtype=torch.float64, device=device)
+_cached_strata = lru_cache(maxsize=32)(_strata)
 
 
 def is_plain(u: Tensor) -> bool:
     """Whether what is made on its device can be kept between calls: not while tracing, also under a
     fake-tensor mode; and not in a CUDA graph, which fills it only when it is replayed."""
     return (
-        type(u) is Tensor
-        and u.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and type(u) in (Tensor, nn.Parameter)
+        and u.is_cpu
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -71,7 +71,7 @@ _SMALL = 2**16  # bytes, up to which the fixed cost of an autograd.Function is m
 
 
 def _zero_where_not_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
-    constants = _cached_constants if input.nbytes <= _SMALL and is_plain(input) else _constants
+    constants = _cached_constants if is_plain(input) and input.nbytes <= _SMALL else _constants
     position, zero = constants(input.shape[dim], input.ndim - dim, input.dtype, input.device)
     output = torch.where(position < k, input, zero)
     if output.stride() != input.stride():  # where may take its strides from the mask

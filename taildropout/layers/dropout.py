@@ -234,9 +234,9 @@ class TailDropout(nn.Module):
             return None
         check_droppable(input)
         batch_dims, dim = resolve_dims(input, self.batch_dim, self.dropout_dim)
-        samples = [input.shape[d] for d in batch_dims]
+        shape = input.shape
+        n, samples = shape[dim], [shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
-        n = input.shape[dim]
         lengths = self._in_groups(self._lengths_for_call(), n)
         k = as_in_first_process(draw.by_sample(inverse_cdf(lengths, n, draw)), input)
         k = k if len(samples) == 1 else k.view(samples)
