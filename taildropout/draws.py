@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .lengths import Lengths, probability_above
+from .lengths import Exponential, Full, Lengths, LogUniform, Uniform, probability_above
 
 
 def draw(
@@ -48,7 +48,7 @@ def draw(
     return uniforms.by_sample(inverse_cdf(lengths, n, uniforms))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Draw:
     """A uniform number for each sample, of which any lengths at any n make a k.
 
@@ -95,18 +95,42 @@ def draw_uniforms(
 ) -> Draw:
     """A draw for `count` samples; the arguments are those of `draw`."""
     device = torch.device(device)
-    place = _place(device)
-    u = torch.rand(count, dtype=torch.float64, device=place, **_from(generator))
+    place, options = _place(device), _from(generator)
+    u = torch.rand(count, dtype=torch.float64, device=place, **options)
     if not stratified:
         return Draw(u, None, device)
-    stratum = torch.arange(count, dtype=torch.float64, device=place)
-    u = u.add_(stratum).div_(max(count, 1))
-    return Draw(u, torch.randperm(count, device=device, **_from(generator)), device)
+    strata = _cached_strata if is_plain(u) and count <= _FEW else _strata
+    # Never above its stratum's end, whatever the rounding: so the uniforms are in order.
+    u = torch.lerp(*strata(count, place), u)
+    return Draw(u, torch.randperm(count, device=device, **options), device)
 
 
 def _place(device: torch.device) -> torch.device:
     """Where the uniforms of samples on a device live: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+_FEW = 2**12
+
+
+def _strata(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each of so many equal parts of [0, 1] begins and ends."""
+    edges = torch.arange(count + 1, dtype=torch.float64, device=device) / max(count, 1)
+    return edges[:-1], edges[1:]
+
+
+_cached_strata = lru_cache(maxsize=32)(_strata)
+
+
+def is_plain(u: Tensor) -> bool:
+    """Whether what is made on its device can be kept between calls: not while tracing, also under a
+    fake-tensor mode; and not in a CUDA graph, which fills it only when it is replayed."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(u) in (Tensor, nn.Parameter)
+        and u.is_cpu
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def inverse_cdf(lengths: Lengths, n: int, draw: Draw) -> Tensor:
@@ -120,7 +144,7 @@ def inverse_cdf(lengths: Lengths, n: int, draw: Draw) -> Tensor:
     # A table is kept between calls only where it is a plain tensor for sure: not while tracing
     # (also under a fake-tensor mode); and only of lengths that can't change between calls.
     plain = type(u) is Tensor and not torch.compiler.is_compiling()
-    if plain and _hashes_by_value(lengths):
+    if plain and (type(lengths) in _OF_NUMBERS or _hashes_by_value(lengths)):
         table = _cached_cdf(lengths, n, u.device)  # type: ignore[arg-type]  # it is hashable
     else:
         table = _cdf(lengths, n, u.device)
@@ -156,6 +180,9 @@ def _cdf(lengths: Lengths, n: int, device: torch.device) -> Tensor:
 
 
 _cached_cdf = lru_cache(maxsize=32)(torch.no_grad()(_cdf))
+
+
+_OF_NUMBERS = {Exponential, Uniform, LogUniform, Full}  # which hash by value
 
 
 def _hashes_by_value(x: Any) -> bool:

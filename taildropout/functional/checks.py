@@ -26,9 +26,12 @@ def resolve_dims(
     input: Tensor, batch_dim: int | Sequence[int], dropout_dim: int
 ) -> tuple[tuple[int, ...], int]:
     """Both as non-negative dims of `input`, checked to be different ones."""
-    dims = tuple([resolve_dim(input, d, "batch_dim") for d in as_dims(batch_dim)])
+    if isinstance(batch_dim, int):
+        dims: tuple[int, ...] = (resolve_dim(input, batch_dim, "batch_dim"),)
+    else:
+        dims = tuple([resolve_dim(input, d, "batch_dim") for d in as_dims(batch_dim)])
     dim = resolve_dim(input, dropout_dim, "dropout_dim")
-    if dim in dims or len(set(dims)) < len(dims):
+    if dim in dims or (len(dims) > 1 and len(set(dims)) < len(dims)):
         raise ValueError(
             "batch_dim and dropout_dim must be different dims, got "
             f"batch_dim={batch_dim} and dropout_dim={dropout_dim} for an input of shape "
@@ -142,4 +145,4 @@ def spread(k: Tensor, input: Tensor, batch_dims: tuple[int, ...]) -> Tensor:
     shape = [1] * input.ndim
     for d in batch_dims:
         shape[d] = input.shape[d]
-    return k.reshape(shape)
+    return k.view(shape)

@@ -1,4 +1,4 @@
-"""A two-layer network with tail dropout in between that does not compute the tail."""
+"""A two-layer network, gated or not, that drops a tail in between without computing it."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,6 +12,8 @@ from .checks import count_samples, resolve_dims, spread
 from .prefix import zero_tail
 from .rows import first_rows, permute, sum_of_rows
 from .shards import check_whole_mlp
+
+Affine = tuple[Tensor, Tensor | None]  # weight and bias of a linear map
 
 
 def tail_mlp(
@@ -28,14 +30,18 @@ def tail_mlp(
     lengths: Lengths | None = None,
     blocks: int | None = None,
     generator: torch.Generator | None = None,
+    weight_gate: Tensor | None = None,
+    bias_gate: Tensor | None = None,
 ) -> Tensor:
     """`linear(tail_dropout(activation(linear(input))))`, without computing the tail.
 
+    With a gate the hidden features are `activation(linear_gate(input)) * linear1(input)`.
+
     In training the rows are arranged by falling k and the hidden features are cut into blocks;
     each block is computed for those rows only whose k reaches it: a staircase, of about a
-    fraction 1 - p of the two matrix products, forward and backward. The draws are stratified, so
+    fraction 1 - p of the matrix products, forward and backward. The draws are stratified, so
     how many rows reach a block at most is known before drawing, and nothing waits for the device.
-    Random state included, the result and all gradients are those of the three functions in turn.
+    Random state included, the result and all gradients are those of the functions in turn.
     With `training=False` nothing is dropped.
 
     Args:
@@ -52,6 +58,8 @@ def tail_mlp(
         blocks: into how many blocks the hidden features are cut: more leave less of the tail
             in, but make for smaller matrix products. None: of 256 features each, at most 16.
         generator: source of randomness, torch's global one by default.
+        weight_gate: of the shape of `weight1`. None: there is no gate.
+        bias_gate: `(hidden_features,)`, or None.
 
     Returns:
         Shape `(..., out_features)`.
@@ -67,15 +75,15 @@ def tail_mlp(
         torch.Size([32, 2])
     """
     lengths = lengths_or_exponential(lengths, p)
+    into: list[Affine] = [] if weight_gate is None else [(weight_gate, bias_gate)]
+    into.append((weight1, bias1))
     if not training:
-        return linear(activation(linear(input, weight1, bias1)), weight2, bias2)
+        return linear(hidden_features(input, into, activation), weight2, bias2)
     count = count_samples(input, batch_dim, -1)
     output, _ = tail_mlp_of_draw(
         input,
-        weight1,
-        bias1,
-        weight2,
-        bias2,
+        into,
+        (weight2, bias2),
         batch_dim,
         activation=activation,
         lengths=lengths,
@@ -85,12 +93,19 @@ def tail_mlp(
     return output
 
 
+def hidden_features(
+    input: Tensor, into: Sequence[Affine], activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`activation(linear(input))`; of two linear maps, the first is the gate of the other."""
+    first, *gated = into
+    hidden = activation(linear(input, *first))
+    return hidden * linear(input, *gated[0]) if gated else hidden
+
+
 def tail_mlp_of_draw(
     input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
+    into: Sequence[Affine],
+    out: Affine,
     batch_dim: int | Sequence[int],
     *,
     activation: Callable[[Tensor], Tensor],
@@ -104,8 +119,9 @@ def tail_mlp_of_draw(
             "only stratified draws tell beforehand how much of the tail can be left out, got "
             "independent ones: set stratified=True"
         )
-    check_whole_mlp(input, weight1, weight2)
-    n = len(weight1)
+    weight2, bias2 = out
+    check_whole_mlp(input, weight2, *(weight for weight, _ in into))
+    n = weight2.shape[1]
     blocks = min(max(n // 256, 1), 16) if blocks is None else blocks
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
@@ -123,18 +139,16 @@ def tail_mlp_of_draw(
     starts = sorted({n * block // blocks for block in range(blocks)})
     widths = [end - start for start, end in zip(starts, [*starts[1:], n], strict=True)]
     counts = tuple(draw.most_above(lengths, n, start) for start in starts)
-    biases = [None] * len(starts) if bias1 is None else bias1.split(widths)
     parts = []
-    for start, width, rows_b, weight1_b, bias1_b, weight2_b in zip(
+    for start, width, rows_b, into_b, weight2_b in zip(
         starts,
         widths,
         first_rows(permute(rows, order, position), counts),
-        weight1.split(widths),
-        biases,
+        zip(*(_split(affine, widths) for affine in into), strict=True),
         weight2.split(widths, dim=1),
         strict=True,
     ):
-        hidden = activation(linear(rows_b, weight1_b, bias1_b))  # (count, ..., width)
+        hidden = hidden_features(rows_b, into_b, activation)  # (count, ..., width)
         k_b = (k[: len(rows_b)] - start).clamp(0, width)
         hidden = zero_tail(hidden, spread(k_b, hidden, (0,)), hidden.ndim - 1, inplace=False)
         parts.append(linear(hidden, weight2_b))
@@ -142,3 +156,10 @@ def tail_mlp_of_draw(
     output = output if bias2 is None else output + bias2.to(output.dtype)
     output = output.unflatten(0, samples) if batch_dims else output[0]
     return output.movedim(leading, batch_dims), k.gather(0, position).view(samples)
+
+
+def _split(affine: Affine, widths: list[int]) -> list[Affine]:
+    """By its output features."""
+    weight, bias = affine
+    biases = [None] * len(widths) if bias is None else bias.split(widths)
+    return list(zip(weight.split(widths), biases, strict=True))

@@ -1,11 +1,13 @@
 """Keep a prefix of the features, zero the tail."""
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..draws import is_plain
 from . import cpu
 from .checks import align_k, check_k, check_k_at_most, largest_k, resolve_dim
 from .shards import is_sharded, k_of_part, with_part
@@ -57,22 +59,37 @@ def zero_tail(input: Tensor, k: int | Tensor, dim: int, inplace: bool) -> Tensor
         whole = with_part(input, part)
         return input.copy_(whole) if inplace else whole
     k = k.to(input.device) if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
-    if torch.compiler.is_compiling():  # the compiler fuses this, and saves k by itself
+    # The compiler fuses this, and saves k by itself. Of a small input autograd may save a mask.
+    if torch.compiler.is_compiling() or input.nbytes <= _SMALL:
         output = _zero_where_not_kept(input, k, dim)
     else:
         output = _apply_keep_prefix(input, k, dim)
     return input.copy_(output) if inplace else output
 
 
+_SMALL = 2**16  # bytes, up to which the fixed cost of an autograd.Function is more than a mask's
+
+
 def _zero_where_not_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
-    n = input.shape[dim]
-    position = torch.arange(n, device=input.device)
-    position = position.view([n if d == dim else 1 for d in range(input.ndim)])
-    output = torch.where(position < k, input, input.new_zeros(()))
-    like_input = torch.empty_like(input)
-    if output.stride() != like_input.stride():  # where may take its strides from the mask
-        output = like_input.copy_(output)
+    constants = _cached_constants if is_plain(input) and input.nbytes <= _SMALL else _constants
+    position, zero = constants(input.shape[dim], input.ndim - dim, input.dtype, input.device)
+    output = torch.where(position < k, input, zero)
+    if output.stride() != input.stride():  # where may take its strides from the mask
+        like_input = torch.empty_like(input)
+        if output.stride() != like_input.stride():
+            output = like_input.copy_(output)
     return output
+
+
+def _constants(
+    n: int, dims: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The position of each feature along the first of so many dims, and 0."""
+    position = torch.arange(n, device=device).view(n, *[1] * (dims - 1))
+    return position, torch.zeros((), dtype=dtype, device=device)
+
+
+_cached_constants = lru_cache(maxsize=32)(_constants)
 
 
 def _apply_keep_prefix(input: Tensor, k: Tensor, dim: int) -> Tensor:

@@ -106,9 +106,9 @@ def check_whole_mlp(*tensors: Tensor, modules: Sequence[nn.Module] = ()) -> None
     """What is cut into blocks by number must be all there."""
     if any(map(is_sharded, tensors)) or any(map(is_fully_sharded, modules)):
         raise ValueError(
-            "a TailMLP, which computes blocks of its features, needs the whole weights of fc1 and "
-            "fc2 in each process, got sharded ones. For fully_shard: give it the whole TailMLP, or "
-            "a module around it. For tensor parallelism: use to_sequential()"
+            "a TailMLP, which computes blocks of its features, needs the whole weights of its "
+            "Linears in each process, got sharded ones. For fully_shard: give it the whole TailMLP, "
+            "or a module around it. For tensor parallelism: use to_sequential() or to_gated()"
         )
 
 

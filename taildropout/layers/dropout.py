@@ -234,10 +234,11 @@ class TailDropout(nn.Module):
             return None
         check_droppable(input)
         batch_dims, dim = resolve_dims(input, self.batch_dim, self.dropout_dim)
-        samples = [input.shape[d] for d in batch_dims]
+        shape = input.shape
+        n, samples = shape[dim], [shape[d] for d in batch_dims]
         draw = self.draw(math.prod(samples), input.device)
-        n = input.shape[dim]
-        k = as_in_first_process(draw.by_sample(inverse_cdf(self.lengths_for(n), n, draw)), input)
+        lengths = self._in_groups(self._lengths_for_call(), n)
+        k = as_in_first_process(draw.by_sample(inverse_cdf(lengths, n, draw)), input)
         k = k if len(samples) == 1 else k.view(samples)
         self.keep_drawn(k)
         return spread(k, input, batch_dims)
@@ -259,7 +260,7 @@ class TailDropout(nn.Module):
     def keep_drawn(self, k: Tensor) -> None:
         """As `drawn_k`; not in compiled code, where a checkpoint allows no writing."""
         if not torch.compiler.is_compiling() and not in_backward():
-            self.drawn_k = k
+            object.__setattr__(self, "drawn_k", k)  # it can't be a parameter: a third of the time
 
     def check_recomputed(self) -> None:
         """Raise if a checkpoint computes a call again after the k that is set has changed."""
@@ -268,8 +269,10 @@ class TailDropout(nn.Module):
 
     def lengths_for(self, n: int) -> Lengths:
         """The distribution of k of n features."""
+        return self._in_groups(self._exponential if self.lengths is None else self.lengths, n)
+
+    def _in_groups(self, lengths: Lengths, n: int) -> Lengths:
         check_groups(n, self.multiple_of)
-        lengths = self._lengths_for_call()
         return lengths if self.multiple_of == 1 else InGroups(lengths, self.multiple_of)
 
     def _forward_nested(self, input: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ..layers import TailDropout, TailLinear, TailMLP
 from ..layers.fitted import FittedTailDropout
 from ..layers.linear import become_linear
+from ..layers.mlp import gated_module
 from ..models.insert import tail_dropouts
 from ..models.names import name_in
 
@@ -43,6 +44,7 @@ def finalize(model: nn.Module) -> nn.Module:
     | one that slices, by `insert` at the input of an `nn.Linear` | columns of zeros in its weight |
     | a TailLinear | `nn.Linear` |
     | a TailMLP | `nn.Sequential` of `fc1`, `activation` and `fc2` |
+    | a gated TailMLP | a `torch.fx.GraphModule` of `gate`, `activation`, `up` and `down` |
 
     Args:
         model: mostly a pruned one; it is left untouched.
@@ -128,7 +130,7 @@ def _in_place_of(module: nn.Module, name: str) -> nn.Module:
             "by what it should be without this library"
         )
     if isinstance(module, TailMLP):
-        plain = _sequential(module, name)
+        plain = _plain_mlp(module, name)
     elif isinstance(module, FittedTailDropout):
         plain = _slice_and_zeros(module, name)
     elif isinstance(module, TailDropout):
@@ -165,17 +167,16 @@ def _slice_and_zeros(layer: FittedTailDropout, name: str) -> nn.Module:
     return nn.Sequential(*pads) if pads else nn.Identity()
 
 
-def _sequential(mlp: TailMLP, name: str) -> nn.Sequential:
+def _plain_mlp(mlp: TailMLP, name: str) -> nn.Module:
     """Under the same names, for the state dict."""
     activation: Any = mlp.activation
     if not isinstance(activation, nn.Module):
         activation = _module_of(activation, name)
-    modules = OrderedDict[str, nn.Module](
-        fc1=mlp.fc1, activation=activation, dropout=mlp.get_submodule("dropout"), fc2=mlp.fc2
-    )
+    modules = OrderedDict[str, Any](mlp.in_turn)
+    modules["activation"] = activation
     if isinstance(modules["dropout"], nn.Identity):
         del modules["dropout"]
-    return nn.Sequential(modules)
+    return gated_module(modules) if mlp.gated else nn.Sequential(modules)
 
 
 def _module_of(function: Any, name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""TailMLP and tail_mlp against the Sequential that computes the tail and zeroes it."""
+"""TailMLP and tail_mlp against the modules in turn, which compute the tail and zero it."""
 
 import copy
 
@@ -14,16 +14,30 @@ from torch.utils.flop_counter import FlopCounterMode
 import taildropout as td
 from taildropout import TailDropout, TailMLP
 from taildropout.functional import keep_prefix, tail_mlp
+from taildropout.pruning.elastic import Elastic
 
 IN, HIDDEN, OUT = 6, 37, 5
 ACTIVATIONS = [nn.GELU, nn.ReLU, nn.Sigmoid, nn.PReLU, nn.Softplus, torch.tanh, torch.exp]
+
+
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+
+
+def hidden(mlp, x):
+    if mlp.gated:
+        return mlp.activation(mlp.gate(x)) * mlp.up(x)
+    return mlp.activation(mlp.fc1(x))
+
+
+def out(mlp):
+    return mlp.down if mlp.gated else mlp.fc2
 
 
 def as_sequential(mlp):
     """The oracle, whatever the activation: masked, nothing skipped."""
 
     def forward(x):
-        return mlp.fc2(mlp.dropout(mlp.activation(mlp.fc1(x))))
+        return out(mlp)(mlp.dropout(hidden(mlp, x)))
 
     return forward
 
@@ -54,11 +68,12 @@ def double(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+@GATED
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("p", [0, 0.1, 0.5, 0.9, 1])
 @pytest.mark.parametrize("blocks", [None, 1, 4, 37, 100])
-def test_training_computes_what_the_sequential_does(activation, p, blocks):
-    mlp = TailMLP(IN, HIDDEN, OUT, p, activation, blocks=blocks).double()
+def test_training_computes_what_the_sequential_does(activation, p, blocks, gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, p, activation, gated=gated, blocks=blocks).double()
     assert_same(mlp, double(33, IN))
 
 
@@ -89,6 +104,7 @@ def test_with_lengths_of_the_users_own():
     assert_same(TailMLP(IN, HIDDEN, OUT, lengths=Own(), blocks=6).double(), double(50, IN))
 
 
+@GATED
 @pytest.mark.parametrize(
     ("shape", "batch_dim"),
     [
@@ -104,8 +120,8 @@ def test_with_lengths_of_the_users_own():
         ((3, 4, 5, IN), (2, 0)),
     ],
 )
-def test_with_any_leading_shape(shape, batch_dim):
-    mlp = TailMLP(IN, HIDDEN, OUT, batch_dim=batch_dim, blocks=4).double()
+def test_with_any_leading_shape(shape, batch_dim, gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, gated=gated, batch_dim=batch_dim, blocks=4).double()
     assert_same(mlp, double(*shape))
 
 
@@ -115,15 +131,17 @@ def test_with_any_leading_shape(shape, batch_dim):
     p=st.floats(0, 1),
     blocks=st.integers(1, 50),
     bias=st.booleans(),
+    gated=st.booleans(),
 )
-def test_with_any_sizes(batch, sizes, p, blocks, bias):
-    mlp = TailMLP(*sizes, p=p, bias=bias, blocks=blocks).double()
+def test_with_any_sizes(batch, sizes, p, blocks, bias, gated):
+    mlp = TailMLP(*sizes, p=p, bias=bias, gated=gated, blocks=blocks).double()
     assert_same(mlp, double(batch, sizes[0]))
 
 
+@GATED
 @pytest.mark.parametrize("activation", [nn.GELU, nn.Sigmoid])
-def test_second_derivatives(activation):
-    mlp = TailMLP(IN, HIDDEN, OUT, activation=activation, blocks=4).double()
+def test_second_derivatives(activation, gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, activation=activation, gated=gated, blocks=4).double()
     x = double(9, IN)
     inputs, upstream = [x, *mlp.parameters()], torch.randn(9, OUT, dtype=torch.float64)
 
@@ -143,17 +161,38 @@ def test_per_sample_k_follows_the_lengths(assert_drawn_from):
     assert_drawn_from(output.sum(1).long(), td.lengths.Exponential(0.3).pmf(HIDDEN))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_function_with_a_gate_is_the_layer(training, bias):
+    mlp = TailMLP(IN, HIDDEN, OUT, 0.3, nn.SiLU, bias, gated=True, blocks=4).double()
+    mlp.train(training)
+    x = double(20, IN)
+    torch.manual_seed(7)
+    expected = mlp(x)
+    torch.manual_seed(7)
+    actual = tail_mlp(
+        x,
+        *(mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias, 0.3, training),
+        activation=nn.functional.silu,
+        blocks=4,
+        weight_gate=mlp.gate.weight,
+        bias_gate=mlp.gate.bias,
+    )
+    assert_close(actual, expected)
+
+
 def flops(function):
     with FlopCounterMode(display=False) as counter:
         function().sum().backward()
     return counter.get_total_flops()
 
 
+@GATED
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.95])
-def test_the_tail_is_not_computed(p):
+def test_the_tail_is_not_computed(p, gated):
     """A staircase of 16 steps computes at most half a step's height more than 1 - p of it all."""
     x = torch.randn(1000, 64, requires_grad=True)
-    mlp = TailMLP(64, 512, 64, p, blocks=16)
+    mlp = TailMLP(64, 512, 64, p, gated=gated, blocks=16)
     share = flops(lambda: mlp(x)) / flops(lambda: as_sequential(mlp)(x))
     assert 1 - p <= share <= 1 - p + 0.5 / 16 + 0.01
 
@@ -161,19 +200,21 @@ def test_the_tail_is_not_computed(p):
 # --- the module -------------------------------------------------------------------------------
 
 
+@GATED
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("k", [0, 1, 20, HIDDEN, torch.arange(8)])
-def test_a_set_k_is_that_of_the_sequential(k, training):
-    mlp = TailMLP(IN, HIDDEN, OUT).double().train(training)
+def test_a_set_k_is_that_of_the_sequential(k, training, gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, gated=gated).double().train(training)
     mlp.set_k(k)
     x = double(8, IN)
-    hidden = keep_prefix(mlp.activation(mlp.fc1(x)), k)
-    assert_close(mlp(x), mlp.fc2(hidden), rtol=1e-10, atol=1e-12)
+    expected = out(mlp)(keep_prefix(hidden(mlp, x), k))
+    assert_close(mlp(x), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_set_k_computes_only_that_many_features():
+@GATED
+def test_a_set_k_computes_only_that_many_features(gated):
     x = torch.randn(8, IN)
-    mlp = TailMLP(IN, HIDDEN, OUT).eval()
+    mlp = TailMLP(IN, HIDDEN, OUT, gated=gated).eval()
 
     def computed(k):
         mlp.set_k(k)
@@ -181,17 +222,18 @@ def test_a_set_k_computes_only_that_many_features():
             mlp(x)
         return counter.get_total_flops()
 
-    assert computed(10) == 2 * 8 * 10 * (IN + OUT)
-    assert computed(None) == 2 * 8 * HIDDEN * (IN + OUT)
+    assert computed(10) == 2 * 8 * 10 * (IN * (1 + gated) + OUT)
+    assert computed(None) == 2 * 8 * HIDDEN * (IN * (1 + gated) + OUT)
 
 
-def test_eval_is_the_plain_network_and_clears_k():
-    mlp = TailMLP(IN, HIDDEN, OUT)
+@GATED
+def test_eval_is_the_plain_network_and_clears_k(gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, gated=gated)
     mlp.set_k(3)
     mlp.eval()
     assert mlp.k is None
     x = torch.randn(8, IN)
-    assert_close(mlp(x), mlp.fc2(mlp.activation(mlp.fc1(x))), rtol=0, atol=0)
+    assert_close(mlp(x), out(mlp)(hidden(mlp, x)), rtol=0, atol=0)
 
 
 def test_using_k_holds_inside():
@@ -222,6 +264,12 @@ def test_state_dict_holds_the_two_linear_layers():
         "fc2.bias",
     ]
     assert list(TailMLP(IN, HIDDEN, bias=False).state_dict()) == ["fc1.weight", "fc2.weight"]
+
+
+def test_state_dict_of_a_gated_one_holds_the_three():
+    keys = [f"{name}.{what}" for name in ("gate", "up", "down") for what in ("weight", "bias")]
+    assert list(TailMLP(IN, HIDDEN, gated=True).state_dict()) == keys
+    assert list(TailMLP(IN, HIDDEN, bias=False, gated=True).state_dict()) == keys[::2]
 
 
 def test_to_sequential_and_back_shares_the_parameters():
@@ -305,8 +353,9 @@ def test_a_copy_is_independent_and_equal():
 # --- precision, compiler, and the rest of the library -------------------------------------------
 
 
-def test_autocast_has_the_dtype_of_the_sequential_and_its_accuracy():
-    mlp = TailMLP(64, 256, 32)
+@GATED
+def test_autocast_has_the_dtype_of_the_sequential_and_its_accuracy(gated):
+    mlp = TailMLP(64, 256, 32, gated=gated)
     x = torch.randn(100, 64)
     torch.manual_seed(7)
     exact = mlp(x)
@@ -320,8 +369,9 @@ def test_autocast_has_the_dtype_of_the_sequential_and_its_accuracy():
     assert error <= 1.5 * reference
 
 
-def test_bfloat16_is_as_accurate_as_the_sequential():
-    mlp = TailMLP(64, 1024, 32, p=0.3, blocks=16)
+@GATED
+def test_bfloat16_is_as_accurate_as_the_sequential(gated):
+    mlp = TailMLP(64, 1024, 32, p=0.3, gated=gated, blocks=16)
     x = torch.randn(200, 64)
     torch.manual_seed(7)
     exact = mlp(x)
@@ -331,13 +381,14 @@ def test_bfloat16_is_as_accurate_as_the_sequential():
     torch.manual_seed(7)
     assert error <= 1.5 * (as_sequential(mlp)(x) - exact).norm()
     mlp(x).sum().backward()
-    assert mlp.fc1.weight.grad.dtype == torch.bfloat16
+    assert mlp.linears[0].weight.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
-    def test_one_graph_with_the_same_results_and_gradients(self):
-        mlp = TailMLP(IN, HIDDEN, OUT, blocks=4).double()
+    @GATED
+    def test_one_graph_with_the_same_results_and_gradients(self, gated):
+        mlp = TailMLP(IN, HIDDEN, OUT, gated=gated, blocks=4).double()
         compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
         x = double(20, IN)
         inputs, upstream = [x, *mlp.parameters()], torch.randn(20, OUT, dtype=torch.float64)
@@ -371,8 +422,9 @@ class TestCompiled:
         torch.manual_seed(7)
         assert_close(actual, as_sequential(mlp)(x))
 
-    def test_a_change_of_k_does_not_recompile(self):
-        mlp = TailMLP(IN, HIDDEN, OUT).eval()
+    @GATED
+    def test_a_change_of_k_does_not_recompile(self, gated):
+        mlp = TailMLP(IN, HIDDEN, OUT, gated=gated).eval()
         counter = CompileCounter()
         compiled = torch.compile(mlp, fullgraph=True, backend=counter)
         x = torch.randn(8, IN)
@@ -382,30 +434,35 @@ class TestCompiled:
         assert counter.frame_count == 1
 
 
-def test_an_exported_model_computes_what_the_model_does():
-    mlp = TailMLP(IN, HIDDEN, OUT).eval()
+@GATED
+def test_an_exported_model_computes_what_the_model_does(gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, gated=gated).eval()
     x = torch.randn(8, IN)
     assert_close(torch.export.export(mlp, (x,)).module()(x), mlp(x))
 
 
-def test_scree_is_that_of_the_sequential():
-    mlp = TailMLP(IN, HIDDEN, OUT)
+@GATED
+def test_scree_is_that_of_the_sequential(gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, gated=gated)
     data = [(torch.randn(20, IN), torch.randn(20, OUT)) for _ in range(2)]
     actual = td.scree(mlp, nn.MSELoss(), data, progress=False)
-    expected = td.scree(mlp.to_sequential(), nn.MSELoss(), data, progress=False)
+    apart = mlp.to_gated() if gated else mlp.to_sequential()
+    expected = td.scree(apart, nn.MSELoss(), data, progress=False)
     assert actual.layer == "dropout"
     assert actual.ks == expected.ks == list(range(HIDDEN + 1))
     assert_close(actual.loss, expected.loss)
     assert_close(actual.cov, expected.cov)
 
 
+@GATED
 @pytest.mark.parametrize("k", [1, 9, HIDDEN])
-def test_pruning_cuts_it_like_the_sequential(k):
-    mlp = TailMLP(IN, HIDDEN, OUT, activation=nn.Sigmoid).eval()
+def test_pruning_cuts_it_like_the_sequential(k, gated):
+    mlp = TailMLP(IN, HIDDEN, OUT, activation=nn.Sigmoid, gated=gated).eval()
     x = torch.randn(8, IN)
     small = td.prune(mlp, k, x[:2])
     assert isinstance(small, TailMLP)
-    assert small.fc1.out_features == small.fc2.in_features == k
+    *into, last = small.linears
+    assert [one.out_features for one in into] == [last.in_features] * len(into) == [k] * len(into)
     mlp.set_k(k)
     assert_close(small(x), mlp(x))
     small.train()
@@ -424,3 +481,149 @@ def test_groups_of_hidden_features_are_skipped_like_single_ones():
     assert_close(output, sequential(x))
     assert (drawn % 4 == 0).all()
     assert drawn.unique().numel() > 3
+
+
+def test_elastic_computes_gated_ones_in_groups():
+    torch.manual_seed(0)
+    first, second = (TailMLP(IN, HIDDEN, IN, activation=nn.SiLU, gated=True) for _ in range(2))
+    model = nn.Sequential(first, second).double()
+    elastic, x = Elastic(model, double(8, IN), groups=4), double(40, IN)
+    assert elastic.masked is None
+    inputs, upstream = [x, *model.parameters()], torch.randn(40, IN, dtype=torch.float64)
+    actual = gradients(elastic.train(), inputs, upstream)
+    ks = [mlp.dropout.drawn_k for mlp in model]
+    for mlp, k in zip(model, ks, strict=True):
+        mlp.set_k(k)
+    assert_close(actual, gradients(model, inputs, upstream))
+    assert min(k.unique().numel() for k in ks) > 3
+
+
+# --- gated, as in Llama -------------------------------------------------------------------------
+
+
+class GatedMLP(nn.Module):
+    """As Llama has it."""
+
+    def __init__(self, bias=False, act_fn=None, factor=1.0):
+        super().__init__()
+        self.gate_proj = nn.Linear(IN, HIDDEN, bias)
+        self.up_proj = nn.Linear(IN, HIDDEN, bias)
+        self.down_proj = nn.Linear(HIDDEN, IN, bias)
+        self.act_fn = nn.SiLU() if act_fn is None else act_fn
+        self.factor = factor
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * self.factor
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act_fn", [nn.GELU("tanh"), torch.tanh])
+def test_from_gated_computes_the_same_and_shares_the_parameters(act_fn, training):
+    llama = GatedMLP(bias=True, act_fn=act_fn).double().train(training)
+    mlp = TailMLP.from_gated(llama, TailDropout(0.3, batch_dim=(0, 1)), blocks=3)
+    assert mlp.training == mlp.dropout.training == training
+    assert mlp.gate is llama.gate_proj
+    assert mlp.up is llama.up_proj
+    assert mlp.down is llama.down_proj
+    x = double(4, 5, IN)
+    assert_close(mlp.eval()(x), llama(x))
+    assert_same(mlp.train(), x)
+
+
+def test_to_gated_and_back_has_the_names_of_llama():
+    llama = GatedMLP().double().eval()
+    mlp = TailMLP.from_gated(llama, TailDropout(0.3))
+    gated = mlp.to_gated()
+    assert not gated.training
+    assert gated.state_dict().keys() == llama.state_dict().keys()
+    for name, parameter in llama.named_parameters():
+        assert gated.get_parameter(name) is parameter
+    x = double(9, IN)
+    assert_close(gated(x), llama(x))
+    torch.manual_seed(7)
+    expected = mlp.train()(x)
+    torch.manual_seed(7)
+    assert_close(gated.train()(x), expected)
+    back = TailMLP.from_gated(gated)
+    assert back.dropout is mlp.dropout
+    assert back.training
+
+
+def test_it_stands_in_for_the_mlps_of_a_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    tokens = torch.randint(20, (3, 5))
+    expected, keys = model(tokens).logits, model.state_dict().keys()
+    for layer in model.model.layers:
+        layer.mlp = TailMLP.from_gated(layer.mlp)
+    assert_close(model(tokens).logits, expected)
+    td.draw_together(model)
+    loss = model.train()(tokens, labels=tokens).loss
+    ks = [layer.mlp.dropout.drawn_k for layer in model.model.layers]
+    assert_close(*ks)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for layer in model.model.layers:
+        layer.mlp = layer.mlp.to_gated()
+    assert model.state_dict().keys() == keys
+
+
+class Phi3MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(IN, 2 * HIDDEN)
+        self.down_proj = nn.Linear(HIDDEN, IN)
+        self.act_fn = nn.SiLU()
+
+
+def with_inserted():
+    module = GatedMLP()
+    td.insert(module, "down_proj", TailDropout(), at="input")
+    return module
+
+
+def with_dropout():
+    module = GatedMLP()
+    module.dropout = nn.Dropout()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Phi3MLP, r"gate_proj, up_proj and down_proj.*gate_up_proj.*got Phi3MLP"),
+        (with_dropout, "'Dropout'"),
+        (with_inserted, r"remove\(\) it first"),
+        (lambda: GatedMLP(factor=2.0), "computes something else"),
+        (lambda: GatedMLP(act_fn=nn.Softmax(-1)), "activation must be elementwise"),
+    ],
+)
+def test_other_modules_are_refused(make, words):
+    before = torch.get_rng_state()
+    module = make()
+    torch.set_rng_state(before)
+    dropout = TailDropout().eval()
+    with pytest.raises(ValueError, match=words):
+        TailMLP.from_gated(module.train(), dropout)
+    assert not dropout.training
+    assert_close(torch.get_rng_state(), before)
+
+
+def test_draws_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="needs stratified draws"):
+        TailMLP.from_gated(GatedMLP(), TailDropout(stratified=False))
+
+
+def test_the_way_back_is_that_of_its_kind():
+    with pytest.raises(ValueError, match=r"use to_gated\(\)"):
+        TailMLP(IN, HIDDEN, gated=True).to_sequential()
+    with pytest.raises(ValueError, match=r"use to_sequential\(\)"):
+        TailMLP(IN, HIDDEN).to_gated()

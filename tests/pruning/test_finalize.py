@@ -157,6 +157,19 @@ def test_a_tail_mlp_becomes_a_sequential_with_its_keys(activation, bias):
     assert_same_outputs(final, model, {"0.dropout": 3}, X)
 
 
+@pytest.mark.parametrize("activation", [nn.PReLU, functional.silu], ids=["PReLU", "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gated_tail_mlp_becomes_a_module_of_torch_with_its_keys(activation, bias):
+    mlp = TailMLP(5, 8, 4, activation=activation, bias=bias, gated=True)
+    model = nn.Sequential(mlp, nn.Linear(4, 2)).double()
+    small = td.prune(model, 3, X)
+    final = td.finalize(small)
+    assert isinstance(final[0], torch.fx.GraphModule)
+    assert [module.weight.shape for module in (final[0].gate, final[0].up)] == [(3, 5), (3, 5)]
+    assert_plain(final, small)
+    assert_same_outputs(final, model, {"0.dropout": 3}, X)
+
+
 def test_an_activation_that_is_a_function_of_ones_own():
     model = nn.Sequential(TailMLP(5, 8, activation=lambda x: x.relu()))
     with pytest.raises(ValueError, match=r"activation of TailMLP '0' must be a module .* got <fun"):
