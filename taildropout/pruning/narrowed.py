@@ -169,7 +169,7 @@ def _parts(model: nn.Module, plan: PrunePlan) -> dict[str, Part]:
     for name in keeps | rescales:
         keep = keeps.get(name, {})
         ranges = tuple(
-            tuple(_ranges(keep[dim])) if dim in keep else ((0, size),)
+            tuple(ranges(keep[dim])) if dim in keep else ((0, size),)
             for dim, size in enumerate(tensors[name].shape)
         )
         if math.prod(map(len, ranges)) > _MOST_SLICES:
@@ -180,7 +180,7 @@ def _parts(model: nn.Module, plan: PrunePlan) -> dict[str, Part]:
     return parts
 
 
-def _ranges(keep: Sequence[int]) -> Iterator[Range]:
+def ranges(keep: Sequence[int]) -> Iterator[Range]:
     """Runs of consecutive indices."""
     start = 0
     for i in range(1, len(keep) + 1):
