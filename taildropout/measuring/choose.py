@@ -87,8 +87,8 @@ def differences(scree: Curve, confidence: float = 0.95) -> tuple[Tensor, Tensor]
         >>> from taildropout import Scree
         >>> losses = torch.tensor([4.0, 1.0], dtype=torch.float64)
         >>> s = Scree("1", [0, 1], losses, count=100, cov=0.01 * torch.eye(2).double())
-        >>> [numbers.tolist()[0] for numbers in differences(s)]
-        [3.0, 3.0235...]
+        >>> [round(float(numbers[0]), 2) for numbers in differences(s)]
+        [3.0, 3.02]
     """
     _check(scree, 0.0, confidence)
     bounds = _Errors.simulated(scree).bounds(0.0, confidence)

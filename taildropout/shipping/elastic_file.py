@@ -77,7 +77,7 @@ def save_elastic(
         >>> torch.equal(small(x), prune(model, 0.25, x)(x))
         True
     """
-    widths = check_widths(menu, "*")
+    widths = check_widths(menu, "*", "menu")
     measured = None if scree is None else _measured(model, scree, widths)
     plan = plan_pruning(model, widths[-1], example_inputs)
     plans = [plan if width == widths[-1] else plan.at(width) for width in widths]
