@@ -19,13 +19,13 @@ from ..models.insert import tail_dropouts
 from ..models.sharded import check_whole_tensors
 from ..models.width import at_no_width, check_widths, matched_layers
 from ..pruning.configs import fit_configs
-from ..pruning.plan import plan_pruning
+from ..pruning.plan import PrunePlan, plan_pruning
 from ..pruning.surgery import Tensors, like
 from .files import written_whole
-from .layout import Assembly, Stored, own_blocks
+from .layout import Assembly, Stored, dtype_of
 from .parts import Blocks, Parts, write_parts
 from .pruned import SavedPlan
-from .sliced import Sliced, name_of, records_of
+from .sliced import Sliced, name_of, record_of
 
 FORMAT = 1
 _KEY = "taildropout_elastic"
@@ -86,15 +86,8 @@ def save_elastic(
         "format": FORMAT,
         "model": type(model).__name__,
         "menu": widths,
-        "tensors": records_of(sliced),
-        "widths": [
-            {
-                "parameters": plan.after.parameters,
-                **{key: value for key, value in plan.to_dict().items() if key in _OF_PLAN},
-                "own": {n: [name_of(t.dtype), list(t.shape)] for n, t in own.items()},
-            }
-            for plan, own in zip(plans, sliced.own, strict=True)
-        ],
+        **record_of(sliced),
+        "widths": [_record(plan, own) for plan, own in zip(plans, sliced.own, strict=True)],
         "scree": measured,
     }
     parts: dict[str, Blocks] = {}
@@ -273,6 +266,14 @@ def _only_of(width: float) -> str:
     return f"only of {width}"
 
 
+def _record(plan: PrunePlan, own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of one width: what the tensors don't say. What is empty is left out."""
+    record = {key: value for key, value in plan.to_dict().items() if key in _OF_PLAN and value}
+    if own:
+        record["own"] = {n: [name_of(t.dtype), list(t.shape)] for n, t in own.items()}
+    return {"parameters": plan.after.parameters, **record}
+
+
 def _measured(model: nn.Module, scree: Scree, widths: Sequence[float]) -> dict[str, Any]:
     """The scree at the widths, and at the largest that was measured, with which they compare."""
     if scree.features != "first":
@@ -343,13 +344,16 @@ class _File:
         try:
             self.model = str(record["model"])
             self.menu = [float(width) for width in record["menu"]]
-            self.widths = list(record["widths"])
-            records, count = record["tensors"], len(self.menu)
-            self.tied = {name: r["as"] for name, r in records.items() if "as" in r}
-            self.tensors = {n: Stored.of(r, count) for n, r in records.items() if "as" not in r}
+            empty: dict[str, Any] = {"own": {}, **{key: [] for key in _OF_PLAN}}
+            self.widths = [{**empty, **width} for width in record["widths"]]
+            self.tied = dict(record["tied"])
+            self.tensors = {
+                name: Stored.of(stored, record["kept"], len(self.menu))
+                for name, stored in record["tensors"].items()
+            }
             data = record["scree"]
             self.scree = None if data is None else Scree.from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise parts.damaged(repr(error)) from error
 
     def bytes_at(self, which: int) -> int:
@@ -369,10 +373,13 @@ class _File:
         """
         if type(model).__name__ != self.model:
             raise self.of_another(f"it is of a {self.model}, got a {type(model).__name__}")
-        there = {**tensors_by_name(model), **model.state_dict()}
-        found = {name: tuple(tensor.shape) for name, tensor in there.items()}
-        ones = {**{name: name for name in self.tensors}, **self.tied}
-        expected = {name: self.tensors[one].shape for name, one in ones.items()}
+        expected = {name: stored.shape for name, stored in self._by_name().items()}
+        state = model.state_dict()
+        found = {
+            name: tuple(tensor.shape)
+            for name, tensor in {**tensors_by_name(model), **state}.items()
+            if name in state or name in expected
+        }
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise self.of_another(
@@ -381,9 +388,11 @@ class _File:
                 )
 
     def plan_at(self, which: int) -> SavedPlan:
-        ones = {**{name: name for name in self.tensors}, **self.tied}
-        cuts = [c for name, one in ones.items() for c in self.tensors[one].cuts_at(name, which)]
+        cuts = [c for name, stored in self._by_name().items() for c in stored.cuts_at(name, which)]
         return SavedPlan.of(self.widths[which], cuts)
+
+    def _by_name(self) -> dict[str, Stored]:
+        return {**self.tensors, **{name: self.tensors[one] for name, one in self.tied.items()}}
 
     def tensors_at(self, which: int) -> dict[str, Tensor]:
         """What the network of a width has, by name.
@@ -393,10 +402,13 @@ class _File:
         """
         assembly = Assembly(self.tensors, which)
         for i in range(which + 1):
-            assembly.take(i, self._parts.read(_added(self.menu[i])))
+            with self._parts.reading(_added(self.menu[i])) as following:
+                assembly.take(i, following)
         tensors = assembly.finish()
         tensors |= {name: tensors[one] for name, one in self.tied.items() if one in tensors}
-        own = self.widths[which]["own"]
-        if own:
-            tensors |= own_blocks(self._parts.read(_only_of(self.menu[which])), own)
+        if own := self.widths[which]["own"]:
+            with self._parts.reading(_only_of(self.menu[which])) as following:
+                tensors |= {
+                    n: following(shape, dtype_of(dtype)) for n, (dtype, shape) in own.items()
+                }
         return tensors

@@ -1,6 +1,6 @@
 """Where the tensors of every width lie in one file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +13,9 @@ from .boxes import Box, added, box_of, put, size_of
 Scale: TypeAlias = tuple[float, float]
 """(factor, plus): what was x is `(x + plus) * factor - plus`."""
 
+Runs: TypeAlias = list[list[int] | None]
+"""For each width, the starts and ends of the runs of indices that stay; None where all do."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -21,33 +24,37 @@ class Stored:
     Attributes:
         shape: the whole tensor's.
         dtype: its name; None where the tensor itself is not in the file, but is cut.
-        cuts: for each dim that is cut, the starts and ends of the runs of indices that stay at each
-            width; None where all do.
+        cuts: for each dim that is cut, which indices stay at each width.
         scales: for each width, what became of the numbers that stay; None where the tensor is not
             made of them.
     """
 
     shape: tuple[int, ...]
     dtype: str | None
-    cuts: dict[int, list[list[int] | None]]
+    cuts: dict[int, Runs]
     scales: list[Scale | None]
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], widths: int) -> "Stored":
+    def of(cls, record: Mapping[str, Any], kept: Sequence[Runs], widths: int) -> "Stored":
+        """From what `to_dict` made, and the list that it was given."""
         scales = record.get("scales", [[1.0, 0.0]] * widths)
         return cls(
             tuple(record["shape"]),
             record.get("dtype"),
-            {int(dim): runs for dim, runs in record.get("cuts", {}).items()},
+            {int(dim): kept[which] for dim, which in record.get("cuts", {}).items()},
             [None if scale is None else (scale[0], scale[1]) for scale in scales],
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, kept: list[Runs]) -> dict[str, Any]:
+        """As plain data. What stays goes to the end of `kept`, unless another tensor put it there."""
         record: dict[str, Any] = {"shape": list(self.shape)}
         if self.dtype is not None:
             record["dtype"] = self.dtype
         if self.cuts:
-            record["cuts"] = {str(dim): runs for dim, runs in self.cuts.items()}
+            for runs in self.cuts.values():
+                if runs not in kept:
+                    kept.append(runs)
+            record["cuts"] = {str(dim): kept.index(runs) for dim, runs in self.cuts.items()}
         if any(scale != (1, 0) for scale in self.scales):
             record["scales"] = self.scales
         return record
@@ -87,23 +94,9 @@ def scaled(tensor: Tensor, scale: Scale) -> Tensor:
 
 def blocks_of(tensors: Mapping[str, Stored], width: int) -> Iterator[tuple[str, Box]]:
     """What the part of a width holds, in its order."""
-    for name in in_order({n: stored.dtype for n, stored in tensors.items() if stored.dtype}):
-        for box in tensors[name].added_at(width):
+    for name, stored in tensors.items():
+        for box in stored.added_at(width):
             yield name, box
-
-
-def own_blocks(data: Tensor, own: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, Tensor]:
-    """The tensors that only one width has, from the bytes of its part: dtypes and shapes by name."""
-    tensors = {}
-    for name in in_order({name: dtype for name, (dtype, _) in own.items()}):
-        dtype, shape = own[name]
-        tensors[name], data = first_of(data, shape, dtype)
-    return tensors
-
-
-def in_order(dtypes: Mapping[str, str]) -> list[str]:
-    """How tensors lie one after the other: large numbers first, so that all are aligned."""
-    return sorted(dtypes, key=lambda name: -dtype_of(dtypes[name]).itemsize)
 
 
 class Assembly:
@@ -117,11 +110,11 @@ class Assembly:
             if stored.dtype is not None and stored.scales[width] is not None
         }
 
-    def take(self, width: int, rest: Tensor) -> None:
-        """From the bytes of the part that a width adds."""
+    def take(self, width: int, following: Callable[[Sequence[int], torch.dtype], Tensor]) -> None:
+        """From the part that a width adds, of which `following` reads the next tensor."""
         for name, box in blocks_of(self._tensors, width):
             stored = self._tensors[name]
-            block, rest = first_of(rest, size_of(box), stored.dtype)
+            block = following(size_of(box), dtype_of(stored.dtype))
             if name in self.values:
                 put(self.values[name], block, stored.box(self._width), box)
 
@@ -132,13 +125,6 @@ class Assembly:
             assert scale is not None
             finished[name] = scaled(value, scale)
         return finished
-
-
-def first_of(data: Tensor, shape: Sequence[int], dtype: str | None) -> tuple[Tensor, Tensor]:
-    """The tensor that bytes begin with, and the bytes behind it."""
-    kind = dtype_of(dtype)
-    count = torch.Size(shape).numel() * kind.itemsize
-    return data[:count].view(kind).reshape(tuple(shape)), data[count:]
 
 
 def dtype_of(name: str | None) -> torch.dtype:

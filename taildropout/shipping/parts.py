@@ -2,7 +2,8 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from io import FileIO
 from pathlib import Path
@@ -25,13 +26,13 @@ def write_parts(
 ) -> None:
     """Write the parts, in this order, and the record under `key` of the metadata."""
     header: dict[str, Any] = {}
-    digests, end = {}, 0
+    digests, end = [], 0
     for name, blocks in parts.items():
         digest, start = blake2b(digest_size=_DIGEST), end
         for block in blocks():
             digest.update(block.numpy().data)
             end += len(block)
-        digests[name] = digest.hexdigest()
+        digests.append(digest.hexdigest())
         header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
     whole = {**record, "digests": digests}
     whole["sha256"] = _digest(whole, header)
@@ -65,7 +66,7 @@ class Parts:
         try:
             self.record = json.loads(metadata[key])
             intact = self.record.pop("sha256") == _digest(self.record, header)
-            self._digests = self.record.pop("digests")
+            self._digests = dict(zip(header, self.record.pop("digests"), strict=True))
             end = max(place["data_offsets"][1] for place in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self.damaged(repr(error)) from error
@@ -82,18 +83,26 @@ class Parts:
         size: int = self._places[part]["shape"][0]
         return size
 
-    def read(self, part: str) -> Tensor:
-        """The bytes of a part.
+    @contextmanager
+    def reading(self, part: str) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
+        """A function that reads the next tensor of a part, from its start: its shape, its dtype.
 
         Raises:
-            PruningError: they are not those that were written.
+            PruningError: at the end, the bytes that were read are not those that were written.
         """
-        data = torch.empty(self.size(part), dtype=torch.uint8)
+        digest = blake2b(digest_size=_DIGEST)
         self._file.seek(self.bytes_of_header + self._places[part]["data_offsets"][0])
-        self._fill(data.numpy().data)
-        if blake2b(data.numpy().data, digest_size=_DIGEST).hexdigest() != self._digests[part]:
+
+        def following(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            count = torch.Size(shape).numel() * dtype.itemsize
+            data = torch.empty(count, dtype=torch.uint8)
+            self._fill(data.numpy().data)
+            digest.update(data.numpy().data)
+            return data.view(dtype).reshape(tuple(shape))
+
+        yield following
+        if digest.hexdigest() != self._digests[part]:
             raise PruningError(f"{self._name} has been changed since it was written: {part!r}")
-        return data
 
     def _header(self) -> dict[str, Any]:
         length = bytearray(8)

@@ -14,7 +14,7 @@ from ..models.names import name_in
 from ..pruning.plan import PrunePlan
 from .boxes import is_within, runs_of, taken
 from .files import bytes_of
-from .layout import Scale, Stored, blocks_of, in_order, scaled
+from .layout import Runs, Scale, Stored, blocks_of, scaled
 
 
 class Sliced:
@@ -56,9 +56,7 @@ class Sliced:
 
     def only_of(self, width: int) -> Iterator[Tensor]:
         """The bytes that a width has for itself."""
-        tensors = self.own[width]
-        for name in in_order({name: name_of(tensor.dtype) for name, tensor in tensors.items()}):
-            yield bytes_of(tensors[name])
+        return map(bytes_of, self.own[width].values())
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -68,8 +66,8 @@ def name_of(dtype: torch.dtype) -> str:
 def _whole(
     model: nn.Module, state: Mapping[str, Tensor], plans: Sequence[PrunePlan]
 ) -> dict[str, Stored]:
-    """Of all tensors, with no scales yet."""
-    cuts: dict[str, dict[int, list[list[int] | None]]] = {}
+    """Of all tensors in the state dict, and others that are cut, with no scales yet."""
+    cuts: dict[str, dict[int, Runs]] = {}
     for i, plan in enumerate(plans):
         for cut in plan.cuts:
             each = cuts.setdefault(cut.name, {}).setdefault(cut.dim, [None] * len(plans))
@@ -82,6 +80,7 @@ def _whole(
             [],
         )
         for name, tensor in {**tensors_by_name(model), **state}.items()
+        if name in state or name in cuts
     }
 
 
@@ -124,9 +123,8 @@ def _tied(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, str]:
     return {name: one for name, one in ones.items() if one != name}
 
 
-def records_of(sliced: Sliced) -> dict[str, Any]:
-    """Of all tensors, in the order of their names."""
-    return {
-        **{name: stored.to_dict() for name, stored in sliced.stored.items()},
-        **{name: {"as": one} for name, one in sliced.tied.items()},
-    }
+def record_of(sliced: Sliced) -> dict[str, Any]:
+    """All tensors as plain data."""
+    kept: list[Runs] = []
+    tensors = {name: stored.to_dict(kept) for name, stored in sliced.stored.items()}
+    return {"tensors": tensors, "tied": sliced.tied, "kept": kept}

@@ -1,5 +1,6 @@
 """One file with every width: what comes back, how much is read for it, and what is refused."""
 
+import copy
 import json
 import pickle
 import re
@@ -38,19 +39,19 @@ def mlp(dtype=torch.float32):
     ).to(dtype)
 
 
-def convolutions():
+def convolutions(channels=8):
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
+        nn.Conv2d(3, channels, 3, padding=1),
+        nn.BatchNorm2d(channels),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
+        nn.Conv2d(channels, 2 * channels, 3, padding=1),
+        nn.BatchNorm2d(2 * channels),
         nn.ReLU(),
         nn.MaxPool2d(4),
         nn.Flatten(),
-        nn.Linear(256, 128),
+        nn.Linear(8 * channels, 16),
         nn.ReLU(),
-        nn.Linear(128, 10),
+        nn.Linear(16, 10),
     )
 
 
@@ -148,12 +149,18 @@ def ties(model):
 # ------------------------------------------------------------------------------ what comes back
 
 
-@pytest.mark.parametrize("width", MENU)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        pytest.param(n, w, marks=[pytest.mark.slow] if n in ("Llama", "GPT-2") else [])
+        for n in NETWORKS
+        for w in MENU
+    ],
+)
 def test_a_width_is_what_prune_gives_bit_for_bit(name, width, files):
     model, path = files(name)
     x = NETWORKS[name][1]
-    small, shell = td.prune(model, width, x), build(name)
+    small, shell = td.prune(model, width, x), as_trained(copy.deepcopy(model))
     before = snapshot(shell)
     loaded = td.load_width(shell, path, width)
     assert_same(snapshot(shell), before)
@@ -246,11 +253,12 @@ def wide():
 
 LARGE = {
     "MLP": (wide, torch.randn(2, 64), {}),
-    "convolutions": NETWORKS["convolutions"],
+    "convolutions": (lambda: convolutions(256), IMAGES, {}),
     "Llama": NETWORKS["Llama"],
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_a_width_reads_hardly_more_than_its_own_file_has(name, tmp_path):
     make, x, options = LARGE[name]
@@ -298,7 +306,7 @@ def test_damage_to_wider_parts_does_not_concern_a_width(saved):
     path.write_bytes(data)
     loaded = td.load_width(mlp(), path, 0.25)
     assert_same(dict(loaded.state_dict()), dict(td.prune(model, 0.25, X).state_dict()))
-    with pytest.raises(PruningError, match="has been changed since it was written: '0.5 adds'"):
+    with pytest.raises(PruningError, match=r"has been changed since it was written: '0\.5 adds'"):
         td.load_width(mlp(), path, 0.5)
 
 
@@ -328,9 +336,8 @@ def test_no_byte_of_the_header_may_change(saved):
     before = snapshot(model)
     for place in range(start):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        for refuse in (lambda: td.load_width(model, path, 1.0), lambda: td.describe(path)):
-            with pytest.raises(PruningError):
-                refuse()
+        with pytest.raises(PruningError):
+            td.describe(path) if place % 8 else td.load_width(model, path, 1.0)
     assert_same(snapshot(model), before)
 
 
@@ -366,6 +373,7 @@ def test_a_part_of_another_file_is_refused(part, saved, tmp_path):
     """Of the same network, trained otherwise."""
     _, path = saved
     other = tmp_path / "other.safetensors"
+    torch.manual_seed(1)
     td.save_elastic(as_trained(mlp()).eval(), X, other, menu=MENU)
     header, start = header_of(path)
     assert header_of(other)[1] == start
@@ -518,6 +526,7 @@ class FullDisk:
 @pytest.mark.parametrize("writes", [0, 3, "all"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(writes, saved, monkeypatch):
     _, path = saved
+    torch.manual_seed(1)
     before, model, opened = path.read_bytes(), as_trained(mlp()).eval(), Path.open
 
     def full(self, target):
@@ -598,7 +607,7 @@ def test_without_a_scree_the_menu_has_sizes_only(files):
 
 def test_describe_reads_the_header_only(saved):
     _, path = saved
-    header, start = header_of(path)
+    _, start = header_of(path)
     before = td.describe(path)
     path.write_bytes(path.read_bytes()[:start] + b"\0" * (path.stat().st_size - start))
     assert td.describe(path) == before
