@@ -103,6 +103,8 @@ NETWORKS = {
     "Llama": (llama, TOKENS, {"streams": True}),
     "GPT-2": (gpt2, TOKENS, {}),
 }
+STORED_ONCE = ["convolutions", "TailLinear", "Llama", "GPT-2"]
+EACH = [pytest.param(n, marks=[pytest.mark.slow] * (n in ("Llama", "GPT-2"))) for n in NETWORKS]
 
 
 def build(name):
@@ -149,14 +151,8 @@ def ties(model):
 # ------------------------------------------------------------------------------ what comes back
 
 
-@pytest.mark.parametrize(
-    ("name", "width"),
-    [
-        pytest.param(n, w, marks=[pytest.mark.slow] if n in ("Llama", "GPT-2") else [])
-        for n in NETWORKS
-        for w in MENU
-    ],
-)
+@pytest.mark.parametrize("width", MENU)
+@pytest.mark.parametrize("name", EACH)
 def test_a_width_is_what_prune_gives_bit_for_bit(name, width, files):
     model, path = files(name)
     x = NETWORKS[name][1]
@@ -211,6 +207,7 @@ def test_a_model_on_the_meta_device_takes_a_width(files):
     assert all(p.is_meta for p in shell.parameters())
 
 
+@pytest.mark.slow
 def test_what_the_file_does_not_hold_must_not_be_on_the_meta_device(files):
     _, path = files("Llama")
     with torch.device("meta"):
@@ -270,8 +267,9 @@ def test_a_width_reads_hardly_more_than_its_own_file_has(name, tmp_path):
     assert [item.width for item in menu.items] == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
     td.load_width(make(), path, 1.0)  # and what it imports
     of_asking = -(bytes_read() - bytes_read())
+    of_full = td.plan_pruning(model, 1.0, x)
     for item in menu.items:
-        plan = td.plan_pruning(model, item.width, x)
+        plan = of_full.at(item.width)
         small = plan.apply(model)
         td.save_pruned(small, plan, of_one)
         before = bytes_read()
@@ -282,7 +280,7 @@ def test_a_width_reads_hardly_more_than_its_own_file_has(name, tmp_path):
         assert item.parameters == sum(p.numel() for p in small.parameters())
 
 
-@pytest.mark.parametrize("name", ["convolutions", "Llama", "GPT-2", "TailLinear"])
+@pytest.mark.parametrize("name", [one for one in EACH if one.values[0] in STORED_ONCE])
 def test_each_number_is_stored_once(name, files):
     """safetensors reads the file, too."""
     model, path = files(name)
@@ -420,7 +418,7 @@ def test_a_foreign_file_is_refused(name, tmp_path):
 
 def test_a_file_of_a_newer_version_is_refused(saved, monkeypatch):
     _, path = saved
-    monkeypatch.setattr("taildropout.shipping.elastic_file.FORMAT", 0)
+    monkeypatch.setitem(td.load_width.__globals__, "FORMAT", 0)
     assert_refused(path, words="has format 1, .* reads up to 0: update taildropout")
 
 
