@@ -19,12 +19,12 @@ from .pruning.plan import PrunePlan, plan_pruning, prune
 from .pruning.recalibrate import recalibrate
 from .pruning.schedule import Schedule
 from .pruning.sweep import Sweep, SweepPoint
+from .shipping.elastic_file import Menu, MenuItem, describe, load_width, save_elastic
 from .shipping.pruned import load_pruned, save_pruned
 from .showing.report import report
 
 __version__ = "0.1.0"
 # fmt: off
-__all__ = ["Choice", "ChosenWidth", "DrawnTogether", "Elastic", "LiveScree", "Nested", "OrderPlan", "OrderedPlace", "Place", "Places", "PrefixLoss", "PrunePlan", "PruningError", "Schedule",
-    "Scree", "Sweep", "SweepPoint", "TailDropout", "TailLinear", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "draw_together", "draws", "finalize", "functional",
-    "insert", "insert_each", "lengths", "load_pruned", "nest", "order", "places", "plan_ordering", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report",
-    "save_pruned", "scree", "tail_dropouts"]
+__all__ = ["Choice", "ChosenWidth", "DrawnTogether", "Elastic", "LiveScree", "Menu", "MenuItem", "Nested", "OrderPlan", "OrderedPlace", "Place", "Places", "PrefixLoss", "PrunePlan", "PruningError", "Schedule", "Scree", "Sweep",
+    "SweepPoint", "TailDropout", "TailLinear", "TailMLP", "WidthPath", "WidthStep", "at_width", "choose_widths", "describe", "draw_together", "draws", "finalize", "functional", "insert", "insert_each", "lengths", "load_pruned",
+    "load_width", "nest", "order", "places", "plan_ordering", "plan_pruning", "prune", "recalibrate", "remove", "replace_dropout", "report", "save_elastic", "save_pruned", "scree", "tail_dropouts"]

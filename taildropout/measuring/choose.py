@@ -78,6 +78,25 @@ def choose(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> C
     return _smallest(scree, _Errors.simulated(scree).bounds(tolerance, confidence))
 
 
+def differences(scree: Curve, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+    """How much more each k loses than the largest, and at most so: float64, `(len(ks),)` each.
+
+    The upper bounds are those of `choose`: they hold simultaneously for all ks. Errors as there.
+
+    Example:
+        >>> from taildropout import Scree
+        >>> losses = torch.tensor([4.0, 1.0], dtype=torch.float64)
+        >>> s = Scree("1", [0, 1], losses, count=100, cov=0.01 * torch.eye(2).double())
+        >>> [round(float(numbers[0]), 2) for numbers in differences(s)]
+        [3.0, 3.02]
+    """
+    _check(scree, 0.0, confidence)
+    bounds = _Errors.simulated(scree).bounds(0.0, confidence)
+    of_largest = torch.zeros(1, dtype=torch.float64)
+    upper = bounds.excess + bounds.factor * bounds.stderr
+    return torch.cat([bounds.excess, of_largest]), torch.cat([upper, of_largest])
+
+
 def explain(scree: Curve, tolerance: float = 0.01, confidence: float = 0.95) -> str:
     """What `choose` answers and why, and what it would take to go one k further down.
 

@@ -334,16 +334,16 @@ def check_ks(ks: Iterable[Width], name: str, multiple_of: int) -> list[Width]:
     return checked
 
 
-def check_widths(widths: Iterable[Width], name: str) -> list[float]:
-    """Of several layers, to be measured: fractions."""
+def check_widths(widths: Iterable[Width], name: str, argument: str = "ks") -> list[float]:
+    """Of several layers, to be measured or saved: fractions."""
     checked = []
     for width in widths:
         if not _is_fraction(width):
             raise ValueError(
-                f"ks of several layers, {name!r}, must be widths, floats in (0, 1] where 1.0 is the "
-                f"full width, got {width!r}"
+                f"{argument} of several layers, {name!r}, must be widths, floats in (0, 1] where "
+                f"1.0 is the full width, got {width!r}"
             )
         checked.append(float(check_width(float(width), name, 1)))
     if not checked:
-        raise ValueError("ks must be at least one width, got none")
+        raise ValueError(f"{argument} must be at least one width, got none")
     return sorted(set(checked))

@@ -227,19 +227,19 @@ def _parts(model: nn.Module, plan: PrunePlan) -> dict[str, Part]:
     parts = {}
     for name in keeps | rescales:
         keep = keeps.get(name, {})
-        ranges = tuple(
-            (tuple(_ranges(keep[dim])) or ((0, 0),)) if dim in keep else ((0, size),)
+        of_dims = tuple(
+            (tuple(ranges(keep[dim])) or ((0, 0),)) if dim in keep else ((0, size),)
             for dim, size in enumerate(tensors[name].shape)
         )
-        if math.prod(map(len, ranges)) > _MOST_SLICES:
+        if math.prod(map(len, of_dims)) > _MOST_SLICES:
             raise PruningError(f"what stays of {name!r} is scattered all over it")
         rescale = rescales.get(name)
         factor = math.sqrt(rescale.before / rescale.after) if rescale else 1.0
-        parts[name] = Part(ranges, factor, rescale.plus if rescale else 0.0)
+        parts[name] = Part(of_dims, factor, rescale.plus if rescale else 0.0)
     return parts
 
 
-def _ranges(keep: Sequence[int]) -> Iterator[Range]:
+def ranges(keep: Sequence[int]) -> Iterator[Range]:
     """Runs of consecutive indices."""
     start = 0
     for i in range(1, len(keep) + 1):

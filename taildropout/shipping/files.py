@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -28,3 +31,10 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Of its numbers, in the order of its dims: uint8, on the CPU."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)  # of stride 1
+    flat.copy_(tensor.detach().reshape(-1))
+    return flat.view(torch.uint8)

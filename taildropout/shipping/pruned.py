@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..pruning.configs import fit_configs
 from ..pruning.cuts import Cut, Fit, Fold, Rescale, ToLinear
 from ..pruning.plan import FORMAT, PrunePlan, check_model_fits
 from ..pruning.surgery import operate
-from .files import written_whole
+from .files import bytes_of, written_whole
 
 
 def save_pruned(small: nn.Module, plan: PrunePlan, path: str | os.PathLike[str]) -> None:
@@ -66,29 +67,67 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     check_whole_tensors(model)
-    cuts, biases, fits, rescales, to_linears, tensors = _read(path)
-    biases = [name for name in biases if tensors_by_name(model).get(name) is None]
+    saved, tensors = _read(path)
     try:
-        check_model_fits(cuts, tensors_by_name(model))
-        folds = [Fold(name, torch.zeros_like(tensors[name])) for name in biases]
-        rehearsal = structural_copy(model)
-        operate(rehearsal, cuts, folds, fits, rescales, to_linears)
-        expected = {name: t.shape for name, t in rehearsal.state_dict().items()}
+        check_model_fits(saved.cuts, tensors_by_name(model))
+        saved.cut(structural_copy(model), tensors)
+    except (PruningError, AttributeError, KeyError) as error:
+        raise PruningError(
+            f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
+        ) from error
+    before = structural_copy(model)
+    saved.cut(model, tensors)
+    model.load_state_dict(tensors)
+    fit_configs(model, before)
+    return model
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """What becomes of a model, but for the numbers in its tensors.
+
+    `biases` are those that take in constants, and may have to be made.
+    """
+
+    cuts: list[Cut]
+    biases: list[str]
+    fits: list[Fit]
+    rescales: list[Rescale]
+    to_linears: list[ToLinear]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], cuts: list[Cut]) -> "SavedPlan":
+        """From what `PrunePlan.to_dict` made, with its cuts."""
+        if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
+            raise ValueError("an index is out of range")
+        return cls(
+            cuts,
+            [str(name) for name in record["biases"]],
+            [_fit(*values) for values in record["fits"]],
+            [
+                Rescale(tuple(map(str, names)), plus, module, eps, before, after)
+                for names, plus, module, eps, before, after in record.get("rescales", [])
+            ],
+            [ToLinear(str(name), int(k)) for name, k in record.get("to_linears", [])],
+        )
+
+    def cut(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Cut a model in place, such that these tensors can be loaded into it.
+
+        Raises:
+            PruningError, AttributeError, KeyError: it is another model.
+        """
+        there = tensors_by_name(model)
+        new = [name for name in self.biases if there.get(name) is None]
+        folds = [Fold(name, torch.zeros_like(tensors[name])) for name in new]
+        operate(model, self.cuts, folds, self.fits, self.rescales, self.to_linears)
+        expected = {name: t.shape for name, t in model.state_dict().items()}
         found = {name: t.shape for name, t in tensors.items()}
         if expected != found:
             names = sorted(
                 name for name in expected | found if expected.get(name) != found.get(name)
             )
             raise PruningError(f"these tensors differ: {', '.join(names[:5])}")
-    except (PruningError, AttributeError, KeyError) as error:
-        raise PruningError(
-            f"{os.fspath(path)!r} was pruned from another model than this one: {error}"
-        ) from error
-    before = structural_copy(model)
-    operate(model, cuts, folds, fits, rescales, to_linears)
-    model.load_state_dict(tensors)
-    fit_configs(model, before)
-    return model
 
 
 def _fit(
@@ -103,16 +142,11 @@ def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        flat = torch.empty(tensors[name].numel(), dtype=tensors[name].dtype)  # of stride 1
-        flat.copy_(tensors[name].reshape(-1))
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensors[name]).numpy().data)
     return digest.hexdigest()
 
 
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[list[Cut], list[str], list[Fit], list[Rescale], list[ToLinear], dict[str, Tensor]]:
-    """The cuts, the biases that may have to be made, what else becomes of modules, the tensors."""
+def _read(path: str | os.PathLike[str]) -> tuple[SavedPlan, dict[str, Tensor]]:
     file_name = repr(os.fspath(path))
     try:
         with safe_open(path, "pt") as file:
@@ -130,18 +164,10 @@ def _read(
                 f"reads up to {FORMAT}: update taildropout"
             )
         cuts = [Cut(name, dim, size, tuple(keep)) for name, dim, size, keep in record["cuts"]]
-        if not all(0 <= index < cut.size for cut in cuts for index in cut.keep):
-            raise ValueError("an index is out of range")
-        biases = [str(name) for name in record["biases"]]
-        fits = [_fit(*values) for values in record["fits"]]
-        rescales = [
-            Rescale(tuple(map(str, names)), plus, module, eps, before, after)
-            for names, plus, module, eps, before, after in record.get("rescales", [])
-        ]
-        to_linears = [ToLinear(str(name), int(k)) for name, k in record.get("to_linears", [])]
+        saved = SavedPlan.of(record, cuts)
         intact = record["sha256"] == _digest(record, tensors)
     except (ValueError, KeyError, TypeError) as error:
         raise PruningError(f"{file_name} holds a damaged plan: {error!r}") from error
     if not intact:
         raise PruningError(f"{file_name} has been changed since it was written")
-    return cuts, biases, fits, rescales, to_linears, tensors
+    return saved, tensors
