@@ -60,10 +60,12 @@ command under each table repeats that table alone, `--quick` prints a small vers
 
 Where it costs something: at full width a plain network that is trained for as long as all widths
 together is better than one network for all widths, and at the smallest widths an autoencoder of that
-width is; as a regulariser the layer does nothing
-([tables](#one-network-for-all-widths-against-a-network-for-each)). Zeroed tails are computed all the
-same: with as many FLOPs as the networks of each width, a whole residual network that is nested is
-worse than they are ([tables](#a-whole-network-nested-in-one-line)).
+width is ([tables](#one-network-for-all-widths-against-a-network-for-each)); as a regulariser the layer
+does nothing ([table](#regularisation-with-little-data)). Tails that are only zeroed are computed all
+the same: with as many FLOPs as the networks of each width, a whole residual network that is nested is
+worse than they are ([tables](#a-whole-network-nested-in-one-line)), a deep perceptron, too; where the tails
+are skipped it is better at every width
+([table](#a-deep-network-all-layers-at-one-width)).
 
 Since 24 November 2026 a run prints, beside each curve over k, two controls of the same trained
 network: k random features, and the first k principal components of its features
