@@ -63,7 +63,7 @@ together is better than one network for all widths, and at the smallest widths a
 width is ([tables](#one-network-for-all-widths-against-a-network-for-each)); as a regulariser the layer
 does nothing ([table](#regularisation-with-little-data)). Tails that are only zeroed are computed all
 the same: with as many FLOPs as the networks of each width, a whole residual network that is nested is
-worse than they are ([tables](#a-whole-network-nested-in-one-line)), a deep perceptron, too; where the tails
+worse than they are ([tables](#a-whole-network-nested-in-one-line)), and so is a deep perceptron at large widths; where the tails
 are skipped it is better at every width
 ([table](#a-deep-network-all-layers-at-one-width)).
 
