@@ -99,9 +99,9 @@ def draw_uniforms(
     u = torch.rand(count, dtype=torch.float64, device=place, **options)
     if not stratified:
         return Draw(u, None, device)
-    strata = _cached_strata if is_plain(u) and count <= _FEW else _strata
-    # Never above its stratum's end, whatever the rounding: so the uniforms are in order.
-    u = torch.lerp(*strata(count, place), u)
+    strata = _kept_strata if is_plain(u) and count <= _FEW else _strata
+    first, size = strata(count, place)
+    u = u.add_(first).div_(size)
     return Draw(u, torch.randperm(count, device=device, **options), device)
 
 
@@ -113,13 +113,15 @@ def _place(device: torch.device) -> torch.device:
 _FEW = 2**12
 
 
-def _strata(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each of so many equal parts of [0, 1] begins and ends."""
-    edges = torch.arange(count + 1, dtype=torch.float64, device=device) / max(count, 1)
-    return edges[:-1], edges[1:]
+def _strata(count: int, device: torch.device) -> tuple[Tensor, Tensor | int]:
+    """What is added to uniforms, and what they are divided by then, to have one in each stratum."""
+    return torch.arange(count, dtype=torch.float64, device=device), max(count, 1)
 
 
-_cached_strata = lru_cache(maxsize=32)(_strata)
+@lru_cache(maxsize=32)
+def _kept_strata(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, size = _strata(count, device)
+    return first, torch.tensor(size, dtype=torch.float64, device=device)  # a number is made into one
 
 
 def is_plain(u: Tensor) -> bool:
@@ -148,7 +150,8 @@ def inverse_cdf(lengths: Lengths, n: int, draw: Draw) -> Tensor:
         table = _cached_cdf(lengths, n, u.device)  # type: ignore[arg-type]  # it is hashable
     else:
         table = _cdf(lengths, n, u.device)
-    return torch.searchsorted(table, u, right=True).to(draw.device)
+    k = torch.searchsorted(table, u, right=True)
+    return k if draw.device == u.device else k.to(draw.device)
 
 
 def most_above(lengths: Lengths, n: int, k: int, count: int) -> int:

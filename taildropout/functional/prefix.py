@@ -71,25 +71,27 @@ _SMALL = 2**16  # bytes, up to which the fixed cost of an autograd.Function is m
 
 
 def _zero_where_not_kept(input: Tensor, k: Tensor, dim: int) -> Tensor:
-    constants = _cached_constants if is_plain(input) and input.nbytes <= _SMALL else _constants
-    position, zero = constants(input.shape[dim], input.ndim - dim, input.dtype, input.device)
+    kept = is_plain(input) and input.nbytes <= _SMALL
+    constants = _kept_constants if kept else _constants
+    position, zero = constants(input.shape[dim], dim, input.ndim, input.dtype, input.device)
     output = torch.where(position < k, input, zero)
-    if output.stride() != input.stride():  # where may take its strides from the mask
-        like_input = torch.empty_like(input)
-        if output.stride() != like_input.stride():
-            output = like_input.copy_(output)
+    if kept and output.stride() == input.stride():
+        return output
+    like_input = torch.empty_like(input)
+    if output.stride() != like_input.stride():  # where may take its strides from the mask
+        output = like_input.copy_(output)
     return output
 
 
 def _constants(
-    n: int, dims: int, dtype: torch.dtype, device: torch.device
+    n: int, dim: int, ndim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The position of each feature along the first of so many dims, and 0."""
-    position = torch.arange(n, device=device).view(n, *[1] * (dims - 1))
+    """The position of each feature along one of so many dims, and 0."""
+    position = torch.arange(n, device=device).view([n if d == dim else 1 for d in range(ndim)])
     return position, torch.zeros((), dtype=dtype, device=device)
 
 
-_cached_constants = lru_cache(maxsize=32)(_constants)
+_kept_constants = lru_cache(maxsize=32)(_constants)
 
 
 def _apply_keep_prefix(input: Tensor, k: Tensor, dim: int) -> Tensor:
