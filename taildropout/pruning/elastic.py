@@ -260,11 +260,17 @@ class Elastic(nn.Module):
         return [layer.lengths_for(n) for layer, n in self._n.items()]
 
     def _unlike_masks(self) -> str | None:
-        """Why groups would not compute what masks do: found on the example inputs, repeated."""
+        """Why groups would not compute what masks do: found on the example inputs, and on many."""
         inputs = self._plan.example_inputs
         count = next((len(x) for x in tensors_of(inputs) if x.ndim and len(x)), _SAMPLES)
-        while count < _SAMPLES:
+        reason = self._unlike_masks_on(inputs, count)
+        while reason is None and count < _SAMPLES:
             inputs, count = of_twice_the_batch(inputs), 2 * count
+            if count >= _SAMPLES:
+                reason = self._unlike_masks_on(inputs, count)
+        return reason
+
+    def _unlike_masks_on(self, inputs: Inputs, count: int) -> str | None:
         masking = structural_copy(self.model).eval()
         repeat_ks(masking)
         with as_it_was(self.model), leaving_no_trace(self.model, inputs) as arguments:
@@ -277,10 +283,9 @@ class Elastic(nn.Module):
                 difference = difference_of(expected, grouped)
             except Exception as error:
                 return f"in groups it raises {first_line(error)}"
-        lowest = max(
-            TOLERANCE.get(p.dtype, 0.0) for p in (*self.model.parameters(), torch.empty(0))
-        )
-        if difference.relative > lowest:  # some models compute in float32 whatever their dtype
+        dtypes = {torch.float32, *(parameter.dtype for parameter in self.model.parameters())}
+        # Some models compute in float32 whatever their dtype.
+        if difference.relative > max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes):
             return (
                 "in groups a sample comes out otherwise, so it depends on the others of its batch"
             )

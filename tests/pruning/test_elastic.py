@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import taildropout as td
+from benchmarks.random_networks import draw_network
 from taildropout import Elastic, TailDropout, TailLinear, TailMLP
 from taildropout.lengths import Exponential, Full, Sizes, Uniform
 from taildropout.models.copies import without_cache
@@ -430,3 +431,22 @@ def test_inputs_must_tell_the_number_of_samples():
     elastic = Elastic(nested(), rows(2), groups=2).train()
     with pytest.raises(ValueError, match="inputs must tell how many samples"):
         elastic(torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the model runs with masks")
+def test_random_networks_train_as_they_do_with_masks():
+    """Where groups can't be exact there are masks, as where code reads the size of the batch (30,
+    189 and 250); mostly they can."""
+    grouped = 0
+    for network in map(draw_network, [*range(8), 30, 189, 250]):
+        model, inputs = network.build(), network.example()
+        for module in model.modules():
+            module.training = isinstance(module, TailDropout)
+        elastic = Elastic(model, inputs, groups=3)
+        grouped += elastic.masked is None
+        for seed in range(2):
+            expected = trained(model, model, copy.deepcopy(inputs), seed)
+            actual = trained(model, elastic, copy.deepcopy(inputs), seed)
+            assert_close(actual, expected, rtol=1e-6, atol=1e-8, equal_nan=True)
+    assert grouped == 8
