@@ -17,7 +17,8 @@ def keep_prefix(input: Tensor, k: int | Tensor, dim: int = -1, *, inplace: bool 
     """Keep the first k features along `dim` and zero the rest, in training and in eval alike.
 
     The kept features are bit for bit the input's. The others are zero, even where the input is
-    NaN or Inf, and so is their gradient. Only k is saved for the backward pass.
+    NaN or Inf, and so is their gradient. Only k is saved for the backward pass; of an input of up to
+    64 KiB a mask may be.
 
     Args:
         input: any shape and dtype.

@@ -267,6 +267,20 @@ def test_only_k_is_saved_for_backward(function):
     assert 0 < saved_bytes(function) <= 16 * SAMPLES
 
 
+@pytest.mark.parametrize("function", [keep_prefix, lambda x, k: tail_dropout(x)])
+def test_of_64_kib_a_mask_of_a_byte_per_number_may_be_saved(function):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.untyped_storage().nbytes()), lambda _: None
+    ):
+        for features in (256, 257):  # 64 KiB of float32, and more
+            saved.append(0)
+            function(torch.randn(64, features, requires_grad=True), torch.arange(64))
+    start = saved.index(0, 1)
+    assert sum(saved[:start]) <= 64 * 256
+    assert 0 < sum(saved[start:]) <= 16 * 64
+
+
 def test_a_mask_saved_for_backward_would_be_seen():
     assert saved_bytes(torch.nn.functional.dropout) >= SAMPLES * FEATURES
 
@@ -740,8 +754,12 @@ def drawn_under_fake_tensor_mode(x, p):
 def test_a_first_draw_with_unusual_tensors_does_not_spoil_the_next(
     draw_first, p, assert_drawn_from
 ):
-    """The table of cumulative probabilities is kept between calls with the same p and n."""
+    """The table of cumulative probabilities is kept between calls with the same p and n, and what a
+    small input needs between calls of its size."""
     draw_first(torch.ones(2, 5), p)
+    small = torch.ones(2, 5, requires_grad=True)
+    output = tail_dropout(small, p)
+    assert torch.equal(torch.autograd.grad(output.sum(), small)[0], output.detach())
     x = torch.ones(20_000, 5, requires_grad=True)
     output = tail_dropout(x, p)
     output.sum().backward()
