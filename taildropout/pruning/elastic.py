@@ -1,8 +1,8 @@
 """A model at every width, on one set of weights, that computes only what the width needs."""
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ class Elastic(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
+            return self._forward(args, kwargs)
         with self._compiling_each():
             return self._forward(args, kwargs)
 
@@ -298,15 +300,14 @@ class Elastic(nn.Module):
         for module in (self.model, *(network.network for network in networks)):
             module.compile(*args, **kwargs)
 
-    def _compiling_each(self) -> AbstractContextManager[Any]:
-        """The compiler takes networks of one class for the same one, and tires of compiling it."""
-        if self._compiled is None:
-            return nullcontext()
-        limit = torch._dynamo.config.recompile_limit
-        more: AbstractContextManager[Any] = torch._dynamo.config.patch(
-            recompile_limit=limit + 2 * len(self._networks)
-        )
-        return more
+    @contextmanager
+    def _compiling_each(self) -> Iterator[None]:
+        """The compiler takes networks of one class for the same one, and tires of compiling it; and
+        it looks for the gradient of a slice, at which torch warns."""
+        limit = torch._dynamo.config.recompile_limit + 2 * len(self._networks)
+        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=limit):
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            yield
 
     def extra_repr(self) -> str:
         parts = [f"groups={self.groups}"] if self.widths is None else [f"widths={self.widths}"]
