@@ -32,7 +32,8 @@ def tail_dropout(
     the tail, are zero, even where the input is NaN or Inf; so is their gradient. With
     `training=False` the input itself is returned. Neither mode rescales.
 
-    The backward pass needs k only: one integer per sample is saved, not a mask.
+    The backward pass needs k only: one integer per sample is saved, not a mask, of inputs above
+    64 KiB.
 
     Args:
         input: any shape; floating-point or complex.
