@@ -22,7 +22,7 @@ from taildropout.models.inputs import call, of_twice_the_batch, tensors_of
 from taildropout.pruning.precision import InFloat64
 
 FAST = ("MLP",)
-LONG = ("T5", "Swin")
+LONG = ("T5", "Swin", "U-Net", "ViT", "ResNet of bottlenecks")
 NAMES = [
     pytest.param(
         name,
