@@ -121,9 +121,7 @@ def _strata(count: int, device: torch.device) -> tuple[Tensor, Tensor | int]:
 @lru_cache(maxsize=32)
 def _kept_strata(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     first, size = _strata(count, device)
-    return first, torch.tensor(
-        size, dtype=torch.float64, device=device
-    )  # a number is made into one
+    return first, torch.tensor(size, dtype=torch.float64, device=device)  # as torch makes of it
 
 
 def is_plain(u: Tensor) -> bool:

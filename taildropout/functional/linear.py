@@ -71,6 +71,9 @@ def tail_linear(
     check_scale(scale)
     if not training:
         return linear(input, weight, bias)
+    check_shapes(input, weight, tail_bias)
+    if len(tail_bias) > weight.shape[1]:  # only a narrowed layer has more rows
+        raise _do_not_fit(input, weight, tail_bias)
     check_droppable(input)
     batch_dims, dim = resolve_dims(input, batch_dim, -1)
     samples = [input.shape[d] for d in batch_dims]
@@ -135,10 +138,14 @@ def check_shapes(input: Tensor, weight: Tensor, tail_bias: Tensor) -> None:
     n = input.shape[-1] if input.ndim else None
     fits = weight.ndim == 2 and weight.shape[1] == n and tail_bias.ndim == 2
     if not fits or tail_bias.shape[1] != len(weight) or len(tail_bias) < weight.shape[1]:
-        raise ValueError(
-            "input (..., n), weight (out_features, n) and tail_bias (n, out_features) must fit, got "
-            f"{tuple(input.shape)}, {tuple(weight.shape)} and {tuple(tail_bias.shape)}"
-        )
+        raise _do_not_fit(input, weight, tail_bias)
+
+
+def _do_not_fit(input: Tensor, weight: Tensor, tail_bias: Tensor) -> ValueError:
+    return ValueError(
+        "input (..., n), weight (out_features, n) and tail_bias (n, out_features) must fit, got "
+        f"{tuple(input.shape)}, {tuple(weight.shape)} and {tuple(tail_bias.shape)}"
+    )
 
 
 def check_scale(scale: Scale) -> Scale:

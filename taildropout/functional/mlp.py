@@ -10,7 +10,7 @@ from ..draws import Draw, draw_uniforms, inverse_cdf
 from ..lengths import Lengths, lengths_or_exponential
 from .checks import count_samples, resolve_dims, spread
 from .prefix import zero_tail
-from .rows import first_rows, permute, sum_of_rows
+from .rows import first_rows, inverse, permute, sum_of_rows
 from .shards import check_whole_mlp
 
 Affine = tuple[Tensor, Tensor | None]  # weight and bias of a linear map
@@ -134,7 +134,7 @@ def tail_mlp_of_draw(
 
     k = inverse_cdf(lengths, n, draw).flip(0)
     position = count - 1 - draw.rank  # of each sample among the falling ks
-    order = torch.empty_like(position).scatter_(0, position, torch.arange(count, device=k.device))
+    order = inverse(position)
 
     starts = sorted({n * block // blocks for block in range(blocks)})
     widths = [end - start for start, end in zip(starts, [*starts[1:], n], strict=True)]

@@ -21,6 +21,12 @@ def permute(rows: Tensor, order: Tensor, position: Tensor) -> Tensor:
     return result
 
 
+def inverse(position: Tensor) -> Tensor:
+    """The order for which `order[position]` is 0, 1, 2, ...: of one it is the other."""
+    rows = torch.arange(len(position), device=position.device)
+    return torch.empty_like(position).scatter_(0, position, rows)
+
+
 def first_rows(rows: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`rows[:count]` for each of the falling counts."""
     if torch.compiler.is_compiling():

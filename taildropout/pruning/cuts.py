@@ -1,5 +1,6 @@
 """What it means for parameters and buffers that features go."""
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,6 +56,11 @@ class Rescale:
     eps: str | None  # the attribute of the module; None where there is no eps
     before: int
     after: int
+
+    @property
+    def factor(self) -> float:
+        """What the weights, with `plus`, are multiplied by."""
+        return math.sqrt(self.before / self.after)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A model at every width, on one set of weights, that computes only what the width needs."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..models.inputs import (
 )
 from ..models.insert import tail_dropouts
 from ..models.together import drawn_as_one
-from ..models.width import as_it_was, check_widths
+from ..models.width import as_it_was, check_widths, k_at
 from .grouped import Batch, Ks, groups_by_width, largest_ks
 from .narrowed import Attachment, Narrowed, repeat_ks
 from .plan import plan_pruning
@@ -144,21 +144,24 @@ class Elastic(nn.Module):
             return self.model(*args, **kwargs)
         draw = self._together.draw_of_call(self.model, args, kwargs)
         ends = self._ends(len(draw.uniforms))
-        ks = {name: draw.by_sample(k) for name, k in self._ks(draw, ends).items()}
-        for name, k in ks.items():
-            self._layers[name].keep_drawn(k)
+        ks = self._ks(draw, ends)
+        of_samples = {self._layers[name]: draw.by_sample(k) for name, k in ks.items()}
+        for layer, k in of_samples.items():
+            layer.keep_drawn(k)
         if not masks:
-            return self._in_groups((args, kwargs), draw, ends)
+            return self._in_groups((args, kwargs), draw, ends, ks)
         with ExitStack() as stack:
-            for name, k in ks.items():
-                stack.enter_context(self._layers[name].using_k(k))
+            for layer, k in of_samples.items():
+                stack.enter_context(layer.using_k(k))
             return self.model(*args, **kwargs)
 
-    def _in_groups(self, arguments: Any, draw: Draw, ends: Sequence[int]) -> Any:
+    def _in_groups(
+        self, arguments: Any, draw: Draw, ends: Sequence[int], ks: Mapping[str, Tensor]
+    ) -> Any:
         """Each sample at its own k, or with `widths` in a group of one of them."""
         assert draw.rank is not None
         batch = Batch(arguments, draw.rank, ends)
-        masks = self._ks(draw, ends) if self.widths is None else {}
+        masks = ks if self.widths is None else {}
         self._attach(self._in_training)
         outputs = []
         for network, ranks, (args, kwargs) in batch.groups(self._in_training):
@@ -220,7 +223,10 @@ class Elastic(nn.Module):
             self._lengths = self._lengths_now()
             self._shares, ks = groups_by_width(self._n, self.groups)
         else:
-            ks = [tuple(self._plan.at(w, check=False).k.values()) for w in self.widths]
+            ks = [
+                tuple(k_at(w, n, layer.multiple_of) for layer, n in self._n.items())
+                for w in self.widths
+            ]
         self._menu = ks
         networks = [self._narrowed(one, masks=self.widths is None) for one in ks]
         self._in_training = [network for network in networks if isinstance(network, Narrowed)]
@@ -277,11 +283,12 @@ class Elastic(nn.Module):
         repeat_ks(masking)
         with as_it_was(self.model), leaving_no_trace(self.model, inputs) as arguments:
             draw, ends = draw_uniforms(count), self._ends(count)
+            ks = self._ks(draw, ends)
             try:
-                for name, k in self._ks(draw, ends).items():
+                for name, k in ks.items():
                     tail_dropouts(masking)[name].set_k(draw.by_sample(k))
                 expected = call(masking, arguments)
-                grouped = self._in_groups(as_arguments(arguments), draw, ends)
+                grouped = self._in_groups(as_arguments(arguments), draw, ends, ks)
                 difference = difference_of(expected, grouped)
             except Exception as error:
                 return f"in groups it raises {first_line(error)}"

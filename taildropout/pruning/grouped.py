@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..draws import Draw, inverse_cdf
-from ..functional.rows import permute
+from ..functional.rows import inverse, permute
 from ..layers import TailDropout
 from ..models.width import rounded_up
 
@@ -79,8 +79,7 @@ class Batch:
     """
 
     def __init__(self, arguments: Any, rank: Tensor, ends: Sequence[int]) -> None:
-        self._rank, samples = rank, len(rank)
-        self._order = torch.empty_like(rank).scatter_(0, rank, torch.arange(samples))
+        self._rank, self._order, samples = rank, inverse(rank), len(rank)
         self._slices = [slice(start, end) for start, end in pairwise([0, *ends])]
         leaves, self._spec = tree_flatten(arguments)
         self._leaves = [

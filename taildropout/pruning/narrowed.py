@@ -16,6 +16,7 @@ from ..layers.holding import HoldsDropout
 from ..layers.hooks import inserted_children
 from ..models.copies import PruningError, structural_copy, tensors_by_name
 from ..models.insert import remove, tail_dropouts
+from ..models.names import name_in
 from ..models.together import draw_apart
 from ..models.width import at_no_width
 from .plan import PrunePlan
@@ -93,7 +94,7 @@ class Narrowed:
         self.layers = {n: m for n, m in tail_dropouts(self.network).items() if n in plan.k}
         for layer in self.layers.values():
             layer.training = False  # and stays so, which lets all pass
-        self._held = {f"{n}.dropout".strip(".") for n in _holders(model)}
+        self._held = _held_dropouts(model)
         modules = dict(model.named_modules())
         self._modes = [
             (module, modules[name])
@@ -203,7 +204,7 @@ class _Source:
 
 def _homes(model: nn.Module) -> dict[str, Home]:
     return {
-        f"{module}.{name}".strip("."): (place, name)
+        name_in(module, name): (place, name)
         for module, owner in model.named_modules(remove_duplicate=False)
         for place in (owner._parameters, owner._buffers)
         for name in place
@@ -215,10 +216,8 @@ def _parts(model: nn.Module, plan: PrunePlan) -> dict[str, Part]:
         raise PruningError(
             f"{plan.folds[0].name!r} would have to take in a constant of the features that go"
         )
-    fitted = {fit.layer for fit in plan.fits}
-    for name in _holders(model):
-        if f"{name}.dropout".strip(".") in fitted:
-            raise PruningError(f"{name!r} would have to slice what arrives, or add zeros to it")
+    for name in _held_dropouts(model) & {fit.layer for fit in plan.fits}:
+        raise PruningError(f"{name!r} would have to slice what arrives, or add zeros to it")
     tensors = tensors_by_name(model)
     keeps: dict[str, dict[int, tuple[int, ...]]] = {}
     for cut in plan.cuts:
@@ -234,8 +233,7 @@ def _parts(model: nn.Module, plan: PrunePlan) -> dict[str, Part]:
         if math.prod(map(len, of_dims)) > _MOST_SLICES:
             raise PruningError(f"what stays of {name!r} is scattered all over it")
         rescale = rescales.get(name)
-        factor = math.sqrt(rescale.before / rescale.after) if rescale else 1.0
-        parts[name] = Part(of_dims, factor, rescale.plus if rescale else 0.0)
+        parts[name] = Part(of_dims, *((rescale.factor, rescale.plus) if rescale else ()))
     return parts
 
 
@@ -258,5 +256,7 @@ def _take_out_layers(network: nn.Module, names: Iterable[str]) -> None:
             remove(network, name)
 
 
-def _holders(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, HoldsDropout)]
+def _held_dropouts(model: nn.Module) -> set[str]:
+    """The layers inside of TailLinears and TailMLPs."""
+    modules = model.named_modules()
+    return {name_in(n, "dropout") for n, module in modules if isinstance(module, HoldsDropout)}

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from math import sqrt
 from typing import Any
 
 import torch
@@ -96,8 +95,7 @@ def _rescale(tensors: Tensors, rescales: Sequence[Rescale]) -> None:
     dtypes = {rescale.module: tensors.by_name[rescale.weights[0]].dtype for rescale in rescales}
     for names, rescale in of_weights.items():
         weight = tensors.by_name[names[0]]
-        factor = sqrt(rescale.before / rescale.after)
-        total = (weight.double() + rescale.plus) * factor - rescale.plus
+        total = (weight.double() + rescale.plus) * rescale.factor - rescale.plus
         new = like(total.to(weight.dtype), weight)  # a tied one stays tied
         for name in names:
             tensors.set(name, new)

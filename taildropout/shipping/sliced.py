@@ -1,6 +1,5 @@
 """The tensors of every width as slices of the whole ones."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +86,7 @@ def _whole(
 def _scales(model: nn.Module, plan: PrunePlan) -> dict[str, Scale]:
     """What pruning multiplies tensors by."""
     scales = {
-        name: (math.sqrt(rescale.before / rescale.after), rescale.plus)
+        name: (rescale.factor, rescale.plus)
         for rescale in plan.rescales
         for name in rescale.weights
     }
